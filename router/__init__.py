@@ -1,0 +1,1 @@
+"""The HTTP side: OpenAI dialects in, frames from workers out."""

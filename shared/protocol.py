@@ -1,0 +1,417 @@
+"""What travels: requests to workers, frames back, beats, cancellations.
+
+Requests and frames are msgpack; beats are JSON, so that `nats sub` shows them. Structs on the token
+path are array-like: fields may only be appended, never reordered. Decoders ignore what they do not
+know, so that versions can be mixed during an upgrade.
+
+Life of a request. The router publishes a `Generate` or `Embed` with a reply subject of its own
+inbox. The worker answers `Accepted` (naming itself, for cancellation) or `Busy`. Then come `Delta`
+frames, one `Done` a choice, and one `End`; or a single `Fail` at any point. A message on a reply
+subject holds a list of frames of any of that router's requests. Frames name their attempt, a random
+63-bit number known only to the router and the chosen worker.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+__all__ = (
+    "VERSION",
+    "Accepted",
+    "Beat",
+    "Busy",
+    "Cancel",
+    "ChatInput",
+    "Chunk",
+    "Constraint",
+    "Delta",
+    "Done",
+    "Embed",
+    "EmbedResult",
+    "End",
+    "Fail",
+    "Frame",
+    "Generate",
+    "Message",
+    "ModelState",
+    "Request",
+    "RouterBeat",
+    "Sampling",
+    "TextInput",
+    "Timings",
+    "TokenInput",
+    "TokenLogprob",
+    "Tool",
+    "ToolCall",
+    "ToolChoice",
+    "ToolDelta",
+    "Usage",
+    "decode_beat",
+    "decode_cancel",
+    "decode_chunk",
+    "decode_frames",
+    "decode_request",
+    "decode_router_beat",
+    "encode",
+    "encode_beat",
+)
+
+VERSION = "1"
+"""Value of the `Mesh-Version` header; a worker refuses a request of another major version."""
+
+
+class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A call an assistant message made; `arguments` is JSON text, as in OpenAI's API."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str = ""
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+
+class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A function the model may call; `parameters` is a JSON schema as JSON text."""
+
+    name: str
+    description: str = ""
+    parameters: str = "{}"
+    strict: bool = False
+
+
+class ToolChoice(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`named` forces the function `name`; `required` forces any."""
+
+    mode: Literal["auto", "none", "required", "named"] = "auto"
+    name: str = ""
+    parallel: bool = True
+
+
+class ChatInput(msgspec.Struct, frozen=True, tag="chat", omit_defaults=True):
+    """A conversation, to be rendered by the model's own chat template on the worker."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
+    template_kwargs: dict[str, Any] = {}
+
+
+class TextInput(msgspec.Struct, frozen=True, tag="text"):
+    """A bare prompt."""
+
+    text: str
+
+
+class TokenInput(msgspec.Struct, frozen=True, tag="tokens"):
+    """A prompt that is tokenized already."""
+
+    tokens: tuple[int, ...]
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a token is drawn. The draw of token i depends on (seed, choice, i) and nothing else."""
+
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: off."""
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    ignore_eos: bool = False
+
+
+class Constraint(msgspec.Struct, frozen=True):
+    """What the output must match; `value` is a JSON schema, a regex, or a Lark grammar as text."""
+
+    kind: Literal["json_schema", "json_object", "regex", "lark"]
+    value: str = ""
+
+
+class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
+    """One generation request, free of any dialect."""
+
+    id: str
+    """X-Request-Id."""
+    attempt: int
+    """Random, 63 bits, secret between this router and the worker that takes it."""
+    model: str
+    input: ChatInput | TextInput | TokenInput
+    sampling: Sampling
+    deadline: float
+    """Unix time in seconds after which nobody wants the answer."""
+    max_tokens: int | None = None
+    """Per choice; None: whatever the context leaves."""
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    """None: off; k: the chosen token's and the k most likely ones'."""
+    constraint: Constraint | None = None
+    user: str = ""
+    traceparent: str = ""
+    body_size: int = 0
+    """Set only in the head of a request whose body follows in chunks: its bytes in all."""
+
+
+class Embed(msgspec.Struct, frozen=True, tag="embed", omit_defaults=True):
+    """Embeddings of one or more inputs."""
+
+    id: str
+    attempt: int
+    model: str
+    inputs: tuple[TextInput | TokenInput, ...]
+    deadline: float
+    dimensions: int | None = None
+    user: str = ""
+    traceparent: str = ""
+    body_size: int = 0
+
+
+Request = Generate | Embed
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """A piece of an encoded request whose head announced `body_size` > 0; `index` from 0."""
+
+    attempt: int
+    index: int
+    data: bytes
+
+
+class Cancel(msgspec.Struct, frozen=True, array_like=True):
+    """The clients of these attempts have left."""
+
+    attempts: tuple[int, ...]
+
+
+class Accepted(msgspec.Struct, frozen=True, array_like=True, tag="a"):
+    """The worker has taken the attempt: it runs, or waits as number `position` in the queue."""
+
+    attempt: int
+    worker: str
+    position: int = 0
+
+
+class Busy(msgspec.Struct, frozen=True, array_like=True, tag="b"):
+    """Slots and queue are full; nothing was kept. `retry_after` is the worker's guess in seconds."""
+
+    attempt: int
+    worker: str
+    retry_after: float = 1.0
+    reason: str = "full"
+    """`full`, `draining` or `unknown_model`."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """A token with its natural log probability; `text` is lossy UTF-8, `data` the exact bytes."""
+
+    token: int
+    logprob: float
+    text: str
+    data: bytes
+    top: tuple["TokenLogprob", ...] = ()
+
+
+class ToolDelta(msgspec.Struct, frozen=True, array_like=True):
+    """A piece of tool call number `index`; `id` and `name` come with its first piece only."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
+    """New tokens of one choice.
+
+    `first` is the index of `tokens[0]` in the choice's output. Text may lag behind tokens (a
+    character or a stop string may span them), so `text` can be empty, and is empty while a tool call
+    is being written.
+    """
+
+    attempt: int
+    choice: int
+    first: int
+    tokens: tuple[int, ...]
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    tools: tuple[ToolDelta, ...] = ()
+    reasoning: str = ""
+
+
+class Done(msgspec.Struct, frozen=True, array_like=True, tag="o"):
+    """A choice is complete after `count` tokens; `stopped_by` is the stop string, if one ended it."""
+
+    attempt: int
+    choice: int
+    count: int
+    reason: Literal["stop", "length", "tool_calls"]
+    stopped_by: str = ""
+
+
+class Usage(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens; `cached` are those of the prompt whose KV was reused."""
+
+    prompt: int
+    completion: int
+    cached: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+class Timings(msgspec.Struct, frozen=True, array_like=True):
+    """Milliseconds on the worker."""
+
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+class End(msgspec.Struct, frozen=True, array_like=True, tag="e"):
+    """The last frame of a generation."""
+
+    attempt: int
+    usage: Usage
+    timings: Timings
+
+
+class EmbedResult(msgspec.Struct, frozen=True, array_like=True, tag="v"):
+    """The last frame of an embedding: per input little-endian float32s, unit length."""
+
+    attempt: int
+    vectors: tuple[bytes, ...]
+    usage: Usage
+
+
+class Fail(msgspec.Struct, frozen=True, array_like=True, tag="f"):
+    """The attempt ends without an answer; `code` is one of `shared.errors`."""
+
+    attempt: int
+    code: str
+    message: str
+    param: str | None = None
+    retry_after: int | None = None
+
+
+Frame = Accepted | Busy | Delta | Done | End | EmbedResult | Fail
+
+
+class ModelState(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One model on one worker."""
+
+    name: str
+    state: Literal["loading", "ready", "draining", "failed"]
+    slots: int = 0
+    free: int = 0
+    queued: int = 0
+    queue_limit: int = 0
+    context: int = 0
+    """Tokens a single sequence may use."""
+    kv_used: float = 0.0
+    """0 to 1."""
+    tokens_per_second: float = 0.0
+    embeddings: bool = True
+    size: int = 0
+    """Bytes of the file."""
+    created: int = 0
+    """Unix time of the file."""
+    detail: str = ""
+    """Progress while loading, the reason when failed."""
+    drafted: int = 0
+    accepted: int = 0
+    cached_tokens: int = 0
+    restarts: int = 0
+
+
+class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A worker's presence, twice a second and at once on a change of state."""
+
+    worker: str
+    state: Literal["standby", "loading", "ready", "draining", "gone"]
+    sequence: int
+    models: tuple[ModelState, ...] = ()
+    host: str = ""
+    version: str = ""
+    started: float = 0.0
+    memory_total: int = 0
+    memory_used: int = 0
+
+
+class RouterBeat(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A router's presence, once a second."""
+
+    router: str
+    sequence: int
+    state: Literal["ready", "draining", "gone"] = "ready"
+    in_flight: int = 0
+    requests: int = 0
+    url: str = ""
+    version: str = ""
+    started: float = 0.0
+
+
+_encoder = msgspec.msgpack.Encoder()
+_json = msgspec.json.Encoder()
+_request = msgspec.msgpack.Decoder(Generate | Embed)
+_frames = msgspec.msgpack.Decoder(
+    tuple[Accepted | Busy | Delta | Done | End | EmbedResult | Fail, ...]
+)
+_cancel = msgspec.msgpack.Decoder(Cancel)
+_chunk = msgspec.msgpack.Decoder(Chunk)
+_beat = msgspec.json.Decoder(Beat)
+_router_beat = msgspec.json.Decoder(RouterBeat)
+
+
+def encode(value: Any) -> bytes:
+    """Encode a request, a list of frames, a chunk or a cancellation as msgpack."""
+    return _encoder.encode(value)
+
+
+def decode_request(data: bytes) -> Request:
+    """Decode a request.
+
+    Raises:
+        msgspec.DecodeError: not msgpack, or (ValidationError) not a request.
+    """
+    return _request.decode(data)
+
+
+def decode_frames(data: bytes) -> tuple[Frame, ...]:
+    """Decode the list of frames that one message holds; raises as `decode_request`."""
+    return _frames.decode(data)
+
+
+def decode_cancel(data: bytes) -> Cancel:
+    """Decode a cancellation; raises as `decode_request`."""
+    return _cancel.decode(data)
+
+
+def decode_chunk(data: bytes) -> Chunk:
+    """Decode a chunk of a large body; raises as `decode_request`."""
+    return _chunk.decode(data)
+
+
+def encode_beat(beat: Beat | RouterBeat) -> bytes:
+    """Encode a beat as JSON."""
+    return _json.encode(beat)
+
+
+def decode_beat(data: bytes) -> Beat:
+    """Decode a worker's beat; raises msgspec.DecodeError."""
+    return _beat.decode(data)
+
+
+def decode_router_beat(data: bytes) -> RouterBeat:
+    """Decode a router's beat; raises msgspec.DecodeError."""
+    return _router_beat.decode(data)

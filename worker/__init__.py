@@ -1,0 +1,1 @@
+"""The GPU host: an agent on the bus and one engine process per loaded model."""
