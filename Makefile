@@ -1,0 +1,65 @@
+# Everything a developer or a first visitor does. `make` alone lists the targets.
+#
+# A machine with Python 3.11+, a C++ compiler and CMake is enough; the rest goes into $(VENV).
+
+VENV ?= .venv
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	if $$p -c '$(NEW_ENOUGH)' 2>/dev/null; then echo $$p; break; fi; done)
+BIN := $(VENV)/bin
+CHECKED := shared router worker mesh loadtests tests infra
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help env run test slow soak lint format check bench-engine bench-router bench-end-to-end clean distclean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | \
+		while IFS='	' read -r name text; do printf '  make %-18s %s\n' "$$name" "$$text"; done
+
+env: ## Make the environment only: builds llama.cpp once, minutes; afterwards instant
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "make env: Python 3.11 or newer is needed, none is on the PATH; name one: make env PYTHON=/path/to/python3" >&2; exit 1; fi
+	@if ! $(PYTHON) -c '$(NEW_ENOUGH)'; then \
+		echo "make env: Python 3.11 or newer is needed, $(PYTHON) is not" >&2; exit 1; fi
+	@$(PYTHON) infra/setup_env.py --venv $(VENV)
+
+run: env ## Bring up NATS, a router and a worker with a small model (ARGS="--port 8000" and so on)
+	@exec $(BIN)/mesh up $(ARGS)
+
+test: env ## Run the tests (ARGS="-k name" and so on)
+	$(BIN)/pytest -m "not slow and not chaos and not soak" $(ARGS)
+
+slow: env ## Run the tests that take minutes each
+	$(BIN)/pytest -m "slow or chaos" $(ARGS)
+
+soak: env ## Run the tests that look for leaks
+	$(BIN)/pytest -m soak $(ARGS)
+
+lint: env ## Check style, types and the walls between packages
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: env ## Format the code and sort the imports
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+check: lint test ## What CI runs
+
+bench-engine: env ## Engine against llama.cpp's own ceiling
+	$(BIN)/python loadtests/bench_engine.py $(ARGS)
+
+bench-router: env ## Router alone: CPU a token, streams, memory
+	$(BIN)/python loadtests/bench_router.py $(ARGS)
+
+bench-end-to-end: env ## HTTP through router and NATS against the engine alone
+	$(BIN)/python loadtests/bench_end_to_end.py $(ARGS)
+
+clean: ## Remove caches and builds; the environment stays
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf
+
+distclean: clean ## Remove the environment too
+	rm -rf $(VENV)
