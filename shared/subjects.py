@@ -3,13 +3,16 @@
 Layout (version `v1`; a worker, router or model is always exactly one token):
 
     mesh.v1.infer.<model>            queue group FREE: only workers with a free slot are subscribed
-    mesh.v1.infer.<model>.<worker>   one worker's own door, for a request that may have to queue
+    mesh.v1.direct.<worker>.<model>  one worker's own door, for a request that may have to queue
     mesh.v1.body.<worker>            chunks of a body too large for one message
     mesh.v1.cancel.<worker>          attempts whose client has left
     mesh.v1.ping.<worker>            round-trip measurement (the worker echoes)
     mesh.v1.beat.<worker>            presence and load of a worker, twice a second
     mesh.v1.router.<router>          presence and load of a router
     _INBOX_<identity>.>              the only inbox an identity may subscribe to
+
+Nothing may lie below a subject that is granted with a final `*`: the server takes a subscription to
+`mesh.v1.infer.>` for one that `mesh.v1.infer.*` allows. Hence a worker's door has a root of its own.
 """
 
 import re
@@ -90,7 +93,7 @@ def infer(model: str) -> str:
 
 def infer_direct(model: str, worker: str) -> str:
     """Subject of one worker's own door for a model."""
-    return f"{PREFIX}.infer.{encode_token(model)}.{worker}"
+    return f"{PREFIX}.direct.{worker}.{encode_token(model)}"
 
 
 def body(worker: str) -> str:
