@@ -1,0 +1,1 @@
+"""Load generators, benchmarks and soak tests; nothing that is served imports them."""
