@@ -1,0 +1,254 @@
+"""A typed skin over the part of llama.cpp's C interface that the engine uses.
+
+It owns the native handles and their lifetimes and turns C conventions into Python ones; it decides
+nothing. The KV cache is not unified: each slot is a stream of its own, so that a sequence's rounding
+does not depend on its company and flash attention reads no other sequence's cells. llama.cpp computes
+streams together in one pass only where their slot numbers are consecutive (`llama_batch_allocr::
+split_equal`), which is why `slots.py` keeps them compact.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, Final
+
+import llama_cpp.llama_cpp as ll
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ("Batch", "Context", "LoadError", "Model", "silence")
+
+FLASH_ATTENTION_ON: Final = 1
+POOLING_NONE: Final = 0
+
+_log_tail: list[str] = []
+
+
+class LoadError(Exception):
+    """llama.cpp refused the file or the context; the message holds its own last words."""
+
+
+@ll.llama_log_callback  # type: ignore[untyped-decorator]
+def _remember(level: int, text: bytes, _: Any) -> None:
+    if level >= 4:  # GGML_LOG_LEVEL_ERROR
+        _log_tail.append(text.decode(errors="replace").strip())
+        del _log_tail[:-5]
+
+
+def silence() -> None:
+    """Start the backend; keep only llama.cpp's errors, for `LoadError`."""
+    ll.llama_log_set(_remember, None)
+    ll.llama_backend_init()
+
+
+def _words(fallback: str) -> str:
+    text = "; ".join(line for line in _log_tail if line)
+    _log_tail.clear()
+    return text or fallback
+
+
+class Model:
+    """A loaded model and its vocabulary.
+
+    Raises:
+        LoadError: the file is no model that this build of llama.cpp can load.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        gpu_layers: int = 0,
+        vocab_only: bool = False,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> None:
+        params = ll.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        params.vocab_only = vocab_only
+
+        @ll.llama_progress_callback  # type: ignore[untyped-decorator]
+        def progress(fraction: float, _: Any) -> bool:
+            if on_progress is not None:
+                on_progress(fraction)
+            return True
+
+        self._progress = progress  # llama.cpp keeps the pointer while it loads
+        params.progress_callback = progress
+        self.handle = ll.llama_model_load_from_file(path.encode(), params)
+        if not self.handle:
+            raise LoadError(_words("llama.cpp could not load the file"))
+        self.vocab = ll.llama_model_get_vocab(self.handle)
+        self.vocab_size = int(ll.llama_vocab_n_tokens(self.vocab))
+        self.trained_context = int(ll.llama_model_n_ctx_train(self.handle))
+        self.embedding_size = int(ll.llama_model_n_embd(self.handle))
+        self.bos = int(ll.llama_vocab_bos(self.vocab))
+        self.eos = int(ll.llama_vocab_eos(self.vocab))
+        self.adds_bos = bool(ll.llama_vocab_get_add_bos(self.vocab))
+        self.end_tokens = frozenset(
+            t for t in range(self.vocab_size) if ll.llama_vocab_is_eog(self.vocab, t)
+        )
+        self.has_encoder = bool(ll.llama_model_has_encoder(self.handle))
+        self.has_decoder = bool(ll.llama_model_has_decoder(self.handle))
+
+    def close(self) -> None:
+        """Free the weights."""
+        if self.handle:
+            ll.llama_model_free(self.handle)
+            self.handle = None
+
+    def description(self) -> str:
+        """llama.cpp's own line, as "llama 135M Q4_1"."""
+        buffer = ctypes.create_string_buffer(256)
+        ll.llama_model_desc(self.handle, buffer, 256)
+        return buffer.value.decode(errors="replace")
+
+    def metadata(self, key: str) -> str | None:
+        """A value of the GGUF header as text."""
+        size = ll.llama_model_meta_val_str(self.handle, key.encode(), None, 0)
+        if size < 0:
+            return None
+        buffer = ctypes.create_string_buffer(size + 1)
+        ll.llama_model_meta_val_str(self.handle, key.encode(), buffer, size + 1)
+        return buffer.value.decode(errors="replace")
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Text to tokens. `parse_special` lets the names of control tokens stand for them."""
+        data = text.encode()
+        room = len(data) + 8
+        buffer = (ll.llama_token * room)()
+        count = ll.llama_tokenize(
+            self.vocab, data, len(data), buffer, room, add_special, parse_special
+        )
+        if count < 0:
+            room = -count
+            buffer = (ll.llama_token * room)()
+            count = ll.llama_tokenize(
+                self.vocab, data, len(data), buffer, room, add_special, parse_special
+            )
+        return list(buffer[:count])
+
+    def pieces(self, *, special: bool) -> list[bytes]:
+        """The bytes of every token; control tokens are empty unless `special`."""
+        out: list[bytes] = []
+        buffer = ctypes.create_string_buffer(512)
+        for token in range(self.vocab_size):
+            size = ll.llama_token_to_piece(self.vocab, token, buffer, 512, 0, special)
+            if size < 0:
+                long = ctypes.create_string_buffer(-size)
+                ll.llama_token_to_piece(self.vocab, token, long, -size, 0, special)
+                out.append(long.raw)
+            else:
+                out.append(buffer.raw[:size])
+        return out
+
+
+class Batch:
+    """The arrays of one `llama_batch`, as numpy views; one sequence a row."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.native = ll.llama_batch_init(capacity, 0, 1)
+        self.token = _view(self.native.token, capacity, ctypes.c_int32)
+        self.position = _view(self.native.pos, capacity, ctypes.c_int32)
+        self.output = _view(self.native.logits, capacity, ctypes.c_int8)
+        _view(self.native.n_seq_id, capacity, ctypes.c_int32)[:] = 1
+        self.slot = np.zeros(capacity, dtype=np.int32)
+        for row in range(capacity):
+            # every row's list of sequence ids is one cell of `slot`, so a step writes one array
+            self.native.seq_id[row] = ctypes.cast(
+                self.slot.ctypes.data + 4 * row, ctypes.POINTER(ctypes.c_int32)
+            )
+
+
+def _view(pointer: Any, size: int, kind: Any) -> NDArray[Any]:
+    return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(kind)), (size,))
+
+
+class Context:
+    """KV cache and compute buffers for `slots` sequences of at most `context` tokens each.
+
+    Raises:
+        LoadError: there is no memory for it, or the model cannot be run so.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        slots: int,
+        context: int,
+        step_tokens: int,
+        threads: int,
+        prefill_threads: int,
+        embeddings: bool = False,
+        whole_inputs: bool = False,
+    ) -> None:
+        params = ll.llama_context_default_params()
+        params.n_ctx = slots * context
+        params.n_seq_max = slots
+        params.n_batch = params.n_ubatch = context if whole_inputs else step_tokens
+        params.n_threads = threads
+        params.n_threads_batch = prefill_threads
+        params.kv_unified = False
+        params.flash_attn_type = FLASH_ATTENTION_ON
+        params.no_perf = True
+        if embeddings:
+            params.embeddings = True
+            params.pooling_type = POOLING_NONE
+        self.handle = ll.llama_init_from_model(model.handle, params)
+        if not self.handle:
+            raise LoadError(_words("llama.cpp could not make a context (memory?)"))
+        self._model = model
+        self._memory = ll.llama_get_memory(self.handle)
+        self.slots = slots
+        self.context = int(ll.llama_n_ctx_seq(self.handle))
+        self._state = np.empty(0, dtype=np.uint8)
+
+    def close(self) -> None:
+        """Free cache and buffers."""
+        if self.handle:
+            ll.llama_free(self.handle)
+            self.handle = None
+
+    def decode(self, batch: Batch, rows: int) -> int:
+        """Run the first `rows` rows; 0: done, 1: no room in the cache, else an error of llama.cpp."""
+        batch.native.n_tokens = rows
+        code = int(ll.llama_decode(self.handle, batch.native))
+        ll.llama_synchronize(self.handle)
+        return code
+
+    def logits(self, outputs: int) -> NDArray[np.float32]:
+        """Logits of the rows that asked for output, (outputs, vocabulary), valid until the next decode.
+
+        The array is llama.cpp's own memory and may be written to.
+        """
+        pointer = ll.llama_get_logits(self.handle)
+        size = self._model.vocab_size
+        flat = np.ctypeslib.as_array(pointer, (outputs * size,))
+        return flat.reshape(outputs, size)
+
+    def embeddings(self, outputs: int) -> NDArray[np.float32]:
+        """Hidden states after the last norm, (outputs, embedding size), valid until the next decode."""
+        pointer = ll.llama_get_embeddings(self.handle)
+        size = self._model.embedding_size
+        flat = np.ctypeslib.as_array(pointer, (outputs * size,))
+        return flat.reshape(outputs, size)
+
+    def forget(self, slot: int, start: int = 0) -> bool:
+        """Drop a slot's tokens from `start` on; False: this model's memory cannot be cut there."""
+        return bool(ll.llama_memory_seq_rm(self._memory, slot, start, -1))
+
+    def copy(self, source: int, target: int) -> bool:
+        """Make `target` hold what `source` holds, bit for bit; False: llama.cpp refused.
+
+        Goes through the sequence state, which costs only the tokens in use: `llama_memory_seq_cp`
+        between streams copies a whole stream however little of it is used.
+        """
+        size = int(ll.llama_state_seq_get_size(self.handle, source))
+        if self._state.size < size:
+            self._state = np.empty(size + size // 4, dtype=np.uint8)
+        data = ctypes.cast(self._state.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
+        written = ll.llama_state_seq_get_data(self.handle, data, size, source)
+        if written != size:
+            return False
+        self.forget(target)
+        return bool(ll.llama_state_seq_set_data(self.handle, data, size, target))

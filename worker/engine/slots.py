@@ -1,0 +1,149 @@
+"""Slots: which sequence lives where in the KV cache, and whose tokens can be used again. Pure policy.
+
+A slot keeps its tokens after its sequence has retired, until the room is needed. Two wishes pull on
+the choice of a slot: reuse of a prefix that is there already, and compactness, since llama.cpp
+computes only consecutive slots in one pass. A copy costs about ten microseconds a token and a
+prefill a thousand, so compactness wins and a prefix that lies elsewhere is copied.
+"""
+
+from collections.abc import Sequence as Tokens
+
+import msgspec
+
+__all__ = ("LEAST_COPY", "Placement", "Slot", "Slots", "common_prefix", "hole")
+
+LEAST_COPY = 16
+"""Tokens below which copying a prefix is not worth a call."""
+
+_DEFER_GAIN = 32
+"""A request waits for a running prefill that will save it at least this many tokens."""
+
+
+class Slot:
+    """One stream of the KV cache: the tokens it is to hold, of which `cached` are computed."""
+
+    __slots__ = ("busy", "cached", "index", "prompt_size", "tokens", "used")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.tokens: list[int] = []
+        self.cached = 0
+        self.prompt_size = 0
+        self.busy = False
+        self.used = 0
+        """Tick of the last use, for LRU."""
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """Put the sequence into `slot`; its first `reuse` tokens are taken from slot `source`."""
+
+    slot: int
+    source: int
+    reuse: int
+
+
+def common_prefix(left: Tokens[int], right: Tokens[int], limit: int) -> int:
+    """Length of the longest common prefix, at most `limit`.
+
+    Halves the range with slice comparisons, which run in C, instead of looping over tokens.
+    """
+    high = min(len(left), len(right), limit)
+    if left[:high] == right[:high]:
+        return high
+    low = 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def hole(active: Tokens[int]) -> tuple[int, int] | None:
+    """Of the busy slot numbers: (the highest, the lowest gap below it), or None if there is no gap."""
+    if not active:
+        return None
+    low, high = min(active), max(active)
+    if high - low + 1 == len(active):
+        return None
+    taken = set(active)
+    return high, next(index for index in range(low, high) if index not in taken)
+
+
+class Slots:
+    """All slots of an engine."""
+
+    def __init__(self, count: int) -> None:
+        self.all = [Slot(index) for index in range(count)]
+        self._tick = 0
+
+    @property
+    def active(self) -> list[int]:
+        """Numbers of the busy slots, ascending."""
+        return [slot.index for slot in self.all if slot.busy]
+
+    def place(self, prompt: list[int]) -> Placement | None:
+        """Choose a slot for a prompt of at least one token; None: none is free, or it pays to wait.
+
+        At least two tokens are left to compute where there are two: a single row is rounded in
+        another way than several (design, section 8), and the logits of the last are needed.
+        """
+        idle = [slot for slot in self.all if not slot.busy]
+        if not idle:
+            return None
+        limit = max(0, len(prompt) - 2)
+        computed: dict[int, int] = {}
+        coming = 0
+        for slot in self.all:
+            shared = common_prefix(slot.tokens, prompt, limit)
+            computed[slot.index] = min(shared, slot.cached)
+            if slot.busy and slot.cached < slot.prompt_size:
+                coming = max(coming, min(shared, slot.prompt_size))
+        source = max(self.all, key=lambda slot: (computed[slot.index], slot.used))
+        reuse = computed[source.index]
+        if coming >= reuse + _DEFER_GAIN:
+            return None
+        target = self._target(idle, computed)
+        if target is source or computed[target.index] + LEAST_COPY > reuse:
+            return Placement(target.index, target.index, computed[target.index])
+        return Placement(target.index, source.index, reuse)
+
+    def _target(self, idle: list[Slot], computed: dict[int, int]) -> Slot:
+        active = self.active
+        if active:
+            low, high = active[0], active[-1]
+            inside = [slot for slot in idle if low < slot.index < high]
+            idle = inside or [slot for slot in idle if slot.index in (low - 1, high + 1)] or idle
+        # the longest reuse in place, else the slot whose tokens were not used for longest
+        return min(idle, key=lambda slot: (-computed[slot.index], slot.used, slot.index))
+
+    def take(self, placement: Placement, prompt: list[int]) -> Slot:
+        """Mark the slot busy with the prompt, of which `placement.reuse` tokens are computed."""
+        slot = self.all[placement.slot]
+        slot.tokens = list(prompt)
+        slot.cached = placement.reuse
+        slot.prompt_size = len(prompt)
+        slot.busy = True
+        self._touch(slot)
+        self._touch(self.all[placement.source])
+        return slot
+
+    def release(self, slot: Slot) -> None:
+        """The sequence has retired; its computed tokens stay for reuse."""
+        del slot.tokens[slot.cached :]
+        slot.busy = False
+        self._touch(slot)
+
+    def move(self, source: int, target: int) -> Slot:
+        """The running sequence of `source` lives in `target` from now on."""
+        old, new = self.all[source], self.all[target]
+        new.tokens, new.cached, new.prompt_size = old.tokens, old.cached, old.prompt_size
+        new.busy, old.busy = True, False
+        old.tokens = old.tokens[: old.cached]
+        self._touch(new)
+        return new
+
+    def _touch(self, slot: Slot) -> None:
+        self._tick += 1
+        slot.used = self._tick
