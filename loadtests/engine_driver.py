@@ -1,0 +1,216 @@
+"""The engine process alone: no NATS, no HTTP, no agent, only the link the agent would use.
+
+What it measures is the ceiling of everything built around the engine.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from shared.protocol import (
+    Busy,
+    EmbedResult,
+    End,
+    Fail,
+    Frame,
+    Request,
+    decode_frames,
+    encode,
+)
+from worker.link import (
+    LENGTH,
+    CancelAttempts,
+    EngineConfig,
+    EngineStats,
+    Failed,
+    Loading,
+    Ready,
+    Step,
+    Stop,
+    Submit,
+    decode_from_engine,
+    pack,
+)
+
+__all__ = ("EngineDied", "EngineDriver", "new_attempt")
+
+_REPLY = "_INBOX_driver.r.0"
+_STOP_SECONDS = 10.0
+
+ToDriver = Frame | None
+"""A frame, or None when the engine process has ended."""
+
+
+class EngineDied(Exception):
+    """The engine could not load the model, or its process ended."""
+
+
+class EngineDriver:
+    """One engine process, driven the way the agent drives it.
+
+    `start` returns when the model has generated a real token. `submit` yields a request's frames up
+    to and including its last one. `stop` ends the process.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        model: str = "bench",
+        slots: int = 16,
+        context: int = 0,
+        threads: int = 1,
+        prefill_threads: int = 0,
+        step_tokens: int = 512,
+        kv_tokens: int = 0,
+        gpu_layers: int = 0,
+        embeddings: bool = False,
+    ) -> None:
+        self.config = EngineConfig(
+            path=path,
+            model=model,
+            worker="driver",
+            slots=slots,
+            context=context,
+            threads=threads,
+            prefill_threads=prefill_threads,
+            step_tokens=step_tokens,
+            kv_tokens=kv_tokens,
+            gpu_layers=gpu_layers,
+            embeddings=embeddings,
+        )
+        self.stats: EngineStats | None = None
+        """Of the last step."""
+        self.ready: Ready | None = None
+        self.pid = 0
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._queues: dict[int, asyncio.Queue[ToDriver]] = {}
+        self._load: asyncio.Future[Ready] | None = None
+        self._reason = "the engine process ended"
+
+    async def start(self, timeout: float = 120.0) -> Ready:
+        """Start the process and wait until it serves.
+
+        Raises:
+            EngineDied: it cannot serve this model; the message says why.
+            TimeoutError: it was not ready in time.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "worker.engine",
+                "--fd",
+                str(theirs.fileno()),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+        self.pid = self._process.pid
+        ours.setblocking(False)
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._load = asyncio.get_running_loop().create_future()
+        self._reading = asyncio.create_task(self._read(reader))
+        self._writer.write(pack(self.config))
+        try:
+            async with asyncio.timeout(timeout):
+                self.ready = await self._load
+        except BaseException:
+            await self.stop()
+            raise
+        return self.ready
+
+    async def submit(self, request: Request) -> AsyncIterator[Frame]:
+        """Yield the frames of a request; leaving early cancels it on the engine.
+
+        Raises:
+            EngineDied: the process ended meanwhile.
+        """
+        queue: asyncio.Queue[ToDriver] = asyncio.Queue()
+        self._queues[request.attempt] = queue
+        over = False
+        try:
+            self._send(Submit(_REPLY, encode(request), time.time()))
+            while not over:
+                frame = await queue.get()
+                if frame is None:
+                    over = True
+                    raise EngineDied(self._reason)
+                over = isinstance(frame, End | EmbedResult | Fail | Busy)
+                yield frame
+        finally:
+            del self._queues[request.attempt]
+            if not over:
+                self._send(CancelAttempts((request.attempt,)))
+
+    async def stop(self) -> None:
+        """End the process, by force if it does not go by itself."""
+        process = self._process
+        if process is None:
+            return
+        if process.returncode is None:
+            with contextlib.suppress(EngineDied):
+                self._send(Stop())
+            try:
+                async with asyncio.timeout(_STOP_SECONDS):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+        if self._reading is not None:
+            await asyncio.wait({self._reading}, timeout=_STOP_SECONDS)
+        if self._writer is not None:
+            self._writer.close()
+        self._process = None
+
+    def _send(self, message: object) -> None:
+        if self._writer is None or self._writer.is_closing():
+            raise EngineDied(self._reason)
+        self._writer.write(pack(message))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while True:
+                (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+                self._take(decode_from_engine(await reader.readexactly(length)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self._ended()
+        except msgspec.DecodeError as error:
+            self._reason = f"the engine sent what is no message: {error}"
+            self._ended()
+
+    def _take(self, message: Loading | Ready | Step | Failed) -> None:
+        if isinstance(message, Step):
+            self.stats = message.stats
+            for mail in message.mail:
+                for frame in decode_frames(mail.frames):
+                    queue = self._queues.get(frame.attempt)
+                    if queue is not None:
+                        queue.put_nowait(frame)
+        elif isinstance(message, Ready):
+            assert self._load is not None
+            if not self._load.done():
+                self._load.set_result(message)
+        elif isinstance(message, Failed):
+            self._reason = message.message
+
+    def _ended(self) -> None:
+        if self._load is not None and not self._load.done():
+            self._load.set_exception(EngineDied(self._reason))
+        for queue in self._queues.values():
+            queue.put_nowait(None)
+        if self._writer is not None:
+            self._writer.close()
+
+
+def new_attempt() -> int:
+    """Return a random attempt number."""
+    return int.from_bytes(os.urandom(8)) >> 1
