@@ -1,1 +1,1 @@
-"""The operator's command line: starts, inspects, chats. Speaks the protocol, imports no internals."""
+"""The operator's command line: starts, inspects, chats. Knows the protocol only."""

@@ -1,0 +1,109 @@
+"""How the state of the system looks in a terminal."""
+
+import time
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mesh.fleet import ModelView, Snapshot
+from shared.protocol import Beat, RouterBeat
+
+__all__ = ("models_table", "size_text", "status_view")
+
+_COLOURS = {"ready": "green", "loading": "yellow", "draining": "yellow", "failed": "red"}
+_GIB = 1024**3
+_MIB = 1024**2
+
+
+def size_text(size: int) -> str:
+    """Bytes for people; 0 is unknown."""
+    if size <= 0:
+        return "-"
+    return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / _MIB:.0f} MiB"
+
+
+def status_view(snapshot: Snapshot, *, now: float | None = None) -> RenderableType:
+    """Routers, workers and what each worker does with each model."""
+    moment = time.time() if now is None else now
+    return Group(_routers(snapshot.routers, moment), _workers(snapshot.workers, moment))
+
+
+def models_table(models: tuple[ModelView, ...]) -> Table:
+    """A row for each model."""
+    table = _table("models", "state", "workers", "slots free", "queued", "context", "size")
+    for model in models:
+        ready = [worker for worker in model.workers if worker.state == "ready"]
+        table.add_row(
+            Text(model.name),
+            _state(model.state),
+            Text(", ".join(worker.worker for worker in model.workers)),
+            f"{sum(worker.free for worker in ready)}/{sum(worker.slots for worker in ready)}",
+            str(sum(worker.queued for worker in ready)),
+            str(model.context or "-"),
+            size_text(model.size),
+        )
+    return table
+
+
+def _routers(routers: tuple[RouterBeat, ...], now: float) -> Table:
+    table = _table("routers", "state", "url", "in flight", "requests", "up")
+    for router in routers:
+        table.add_row(
+            Text(router.router),
+            _state(router.state),
+            Text(router.url or "-"),
+            str(router.in_flight),
+            str(router.requests),
+            _age(router.started, now),
+        )
+    return table
+
+
+def _workers(workers: tuple[Beat, ...], now: float) -> Table:
+    table = _table(
+        "workers", "state", "model", "model state", "slots", "queued", "KV", "tok/s", "memory", "up"
+    )
+    for worker in workers:
+        memory = f"{size_text(worker.memory_used)} of {size_text(worker.memory_total)}"
+        first = [Text(worker.worker), _state(worker.state)]
+        last = [Text(memory if worker.memory_total else "-"), _age(worker.started, now)]
+        if not worker.models:
+            table.add_row(*first, "-", "-", "-", "-", "-", "-", *last)
+        for model in worker.models:
+            state = _state(model.state)
+            if model.detail and model.state != "ready":
+                state.append(f" {model.detail}", style="default")
+            table.add_row(
+                *first,
+                Text(model.name),
+                state,
+                f"{model.slots - model.free}/{model.slots}",
+                f"{model.queued}/{model.queue_limit}",
+                f"{model.kv_used:.0%}",
+                f"{model.tokens_per_second:.0f}",
+                *last,
+            )
+            first, last = [Text(""), Text("")], [Text(""), Text("")]
+    return table
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _state(state: str) -> Text:
+    return Text(state, style=_COLOURS.get(state, "default"))
+
+
+def _age(started: float, now: float) -> Text:
+    if started <= 0:
+        return Text("-")
+    seconds = max(0, int(now - started))
+    if seconds < 3600:
+        return Text(f"{seconds // 60}:{seconds % 60:02d}")
+    return Text(f"{seconds // 3600} h {seconds % 3600 // 60:02d} min")
