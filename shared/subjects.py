@@ -11,20 +11,26 @@ Layout (version `v1`; a worker, router or model is always exactly one token):
     mesh.v1.router.<router>          presence and load of a router
     _INBOX_<identity>.>              the only inbox an identity may subscribe to
 
-Nothing may lie below a subject that is granted with a final `*`: the server takes a subscription to
-`mesh.v1.infer.>` for one that `mesh.v1.infer.*` allows. Hence a worker's door has a root of its own.
+Nothing may lie below a subject that is granted with a final `*`: the server takes a subscription
+to `mesh.v1.infer.>` for one that `mesh.v1.infer.*` allows. Hence a worker's door has its own root.
 """
 
 import re
 
 __all__ = (
     "BEATS",
+    "BODIES",
+    "CANCELS",
+    "DIRECT",
     "FREE",
+    "INFER",
+    "PINGS",
     "ROUTERS",
     "beat",
     "body",
     "cancel",
     "decode_token",
+    "doors",
     "encode_token",
     "inbox",
     "infer",
@@ -38,6 +44,11 @@ PREFIX = "mesh.v1"
 FREE = "free"
 BEATS = f"{PREFIX}.beat.*"
 ROUTERS = f"{PREFIX}.router.*"
+INFER = f"{PREFIX}.infer.*"
+DIRECT = f"{PREFIX}.direct.*.*"
+BODIES = f"{PREFIX}.body.*"
+CANCELS = f"{PREFIX}.cancel.*"
+PINGS = f"{PREFIX}.ping.*"
 
 _IDENTITY = re.compile(r"[A-Za-z0-9-]{1,64}")
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")
@@ -94,6 +105,11 @@ def infer(model: str) -> str:
 def infer_direct(model: str, worker: str) -> str:
     """Subject of one worker's own door for a model."""
     return f"{PREFIX}.direct.{worker}.{encode_token(model)}"
+
+
+def doors(worker: str) -> str:
+    """One worker's own doors for all its models."""
+    return f"{PREFIX}.direct.{worker}.*"
 
 
 def body(worker: str) -> str:

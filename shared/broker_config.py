@@ -1,0 +1,196 @@
+"""What a nats-server is told: its settings, its users, and what each of them may do.
+
+Pure text in, text out. Every identity is a NATS user of its own with an inbox of its own, so that
+nobody can read another's prompts or answers, or speak in another's name.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from shared import subjects
+
+__all__ = ("MAX_PAYLOAD", "Identity", "Permissions", "permissions", "render", "render_users")
+
+MAX_PAYLOAD = 8 * 1024 * 1024
+"""Bytes in one message; beyond 8 MiB the server itself warns."""
+
+_ENVIRONMENT = re.compile(r"\$[A-Za-z_][A-Za-z0-9_]*")
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """One process that may connect.
+
+    `password` is plain text or, as written by `nats server passwd`, a bcrypt hash; `$NAME` takes it
+    from the server's environment, and the server does not start without it.
+    """
+
+    name: str
+    kind: Literal["router", "worker", "mesh"]
+    password: str
+
+    def __repr__(self) -> str:
+        return f"Identity(name={self.name!r}, kind={self.kind!r})"
+
+
+class Permissions(msgspec.Struct, frozen=True):
+    """Subjects a user may subscribe to and publish on; `S Q` is subject S in queue group Q only."""
+
+    subscribe: tuple[str, ...]
+    publish: tuple[str, ...]
+    responses: bool = False
+    """Whether it may answer on the reply subject of a message it received."""
+
+
+def permissions(identity: Identity) -> Permissions:
+    """Say what an identity may do; whatever is not listed is refused.
+
+    A final `*` lets the server accept `>` in its place (tried with 2.15), so that it is granted
+    only where nothing but what it names lies below. Buckets of JetStream's key-value store are not
+    granted to anybody yet; the `$KV.mesh-…` and `$JS.API.…` subjects of a kind belong in its branch.
+    """
+    name = identity.name
+    inbox = f"{subjects.inbox(name)}.>"
+    match identity.kind:
+        case "worker":
+            return Permissions(
+                subscribe=(
+                    f"{subjects.INFER} {subjects.FREE}",
+                    subjects.doors(name),
+                    subjects.body(name),
+                    subjects.cancel(name),
+                    subjects.ping(name),
+                    inbox,
+                ),
+                publish=(subjects.beat(name),),
+                responses=True,
+            )
+        case "router":
+            return Permissions(
+                subscribe=(subjects.BEATS, subjects.ROUTERS, inbox),
+                publish=(
+                    subjects.INFER,
+                    subjects.DIRECT,
+                    subjects.BODIES,
+                    subjects.CANCELS,
+                    subjects.PINGS,
+                    subjects.router(name),
+                ),
+            )
+        case "mesh":
+            return Permissions(
+                subscribe=(subjects.BEATS, subjects.ROUTERS, inbox), publish=(subjects.PINGS,)
+            )
+
+
+def render_users(identities: Sequence[Identity]) -> str:
+    """Write the `authorization` block; whoever is not in it cannot connect.
+
+    Raises:
+        ValueError: two identities of one name, or a password that is empty or not printable.
+    """
+    names = [identity.name for identity in identities]
+    if len(set(names)) != len(names):
+        raise ValueError(f"identities must have different names: {', '.join(sorted(names))}")
+    lines = ["authorization {", "  users: ["]
+    for identity in identities:
+        lines += _user(identity)
+    lines += ["  ]", "}", ""]
+    return "\n".join(lines)
+
+
+def render(
+    identities: Sequence[Identity],
+    *,
+    port: int,
+    store_dir: Path | str,
+    host: str = "127.0.0.1",
+    http_port: int | None = None,
+    server_name: str = "mesh",
+    max_payload: int = MAX_PAYLOAD,
+    ports_dir: Path | str | None = None,
+) -> str:
+    """Write a whole configuration.
+
+    Args:
+        identities: everybody who may connect.
+        port: 0 lets the server choose one, which it tells in a file in `ports_dir`.
+        store_dir: where JetStream keeps its data.
+        host: address to listen on.
+        http_port: where to serve monitoring, without a password; None for nowhere.
+        server_name: shown in logs and monitoring, unique in a cluster.
+        max_payload: bytes in one message, its headers included.
+        ports_dir: folder for the file that tells the real ports.
+    """
+    lines = [
+        f"server_name: {quote(server_name)}",
+        f"host: {quote(host)}",
+        f"port: {port or -1}",
+        "",
+        "# A prompt travels whole up to this size; the router answers 413 beyond.",
+        f"max_payload: {max_payload}",
+        "# A client that takes nothing for so long is cut, and reconnects by itself.",
+        'write_deadline: "10s"',
+        "# Else one slow router would slow the workers that answer it, and so everybody's streams.",
+        "no_fast_producer_stall: true",
+        "# A host that lost power stays in its queue groups until its pings are missed.",
+        'ping_interval: "5s"',
+        "ping_max: 2",
+        "",
+        "# Holds fleet state only, never requests; without bounds it would claim most of the disk.",
+        "jetstream {",
+        f"  store_dir: {quote(str(store_dir))}",
+        "  max_memory_store: 64MB",
+        "  max_file_store: 1GB",
+        "}",
+        "",
+    ]
+    if http_port is not None:
+        lines += [
+            "# Monitoring has no password: keep it on an address that only you reach.",
+            f"http: {quote(f'{host}:{http_port}')}",
+            "",
+        ]
+    if ports_dir is not None:
+        lines += [f"ports_file_dir: {quote(str(ports_dir))}", ""]
+    return "\n".join(lines) + render_users(identities)
+
+
+def quote(text: str) -> str:
+    """Quote a string so that the server reads exactly it.
+
+    Raises:
+        ValueError: it holds a control character.
+    """
+    if not text.isprintable():
+        raise ValueError("a configuration value must be printable")
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _secret(password: str) -> str:
+    if not password:
+        raise ValueError("a password must not be empty")
+    return password if _ENVIRONMENT.fullmatch(password) else quote(password)
+
+
+def _user(identity: Identity) -> list[str]:
+    grant = permissions(identity)
+    lines = [
+        f"    # {identity.kind}",
+        "    {",
+        f"      user: {quote(subjects.valid_identity(identity.name))}",
+        f"      password: {_secret(identity.password)}",
+        "      permissions: {",
+        f"        subscribe: {{ allow: [{', '.join(map(quote, grant.subscribe))}] }}",
+        f"        publish: {{ allow: [{', '.join(map(quote, grant.publish))}] }}",
+    ]
+    if grant.responses:
+        lines += [
+            "        # As many frames as an answer has; the time bounds how long one may take.",
+            '        allow_responses: { max: -1, expires: "24h" }',
+        ]
+    return [*lines, "      }", "    }"]
