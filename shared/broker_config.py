@@ -50,7 +50,7 @@ def permissions(identity: Identity) -> Permissions:
 
     A final `*` lets the server accept `>` in its place (tried with 2.15), so that it is granted
     only where nothing but what it names lies below. Buckets of JetStream's key-value store are not
-    granted to anybody yet; the `$KV.mesh-…` and `$JS.API.…` subjects of a kind belong in its branch.
+    granted to anybody yet; the subjects of a kind (`$KV.mesh-…`, `$JS.API.…`) go in its branch.
     """
     name = identity.name
     inbox = f"{subjects.inbox(name)}.>"

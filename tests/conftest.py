@@ -1,0 +1,65 @@
+"""A real nats-server for the whole run, and connections to it that close themselves."""
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from typing import Any, Literal
+
+import pytest
+
+from shared.broker import Identity, NatsServer
+from shared.bus import Bus
+
+Kind = Literal["router", "worker", "mesh"]
+_KINDS: tuple[Kind, ...] = ("router", "worker", "mesh")
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def make_identities() -> Callable[..., list[Identity]]:
+    """Make identities `router-1`, `worker-1`, `worker-2`, `mesh-1` …, each with a password."""
+
+    def make(*, routers: int = 2, workers: int = 3, observers: int = 1) -> list[Identity]:
+        counts = zip(_KINDS, (routers, workers, observers), strict=True)
+        return [
+            Identity(f"{kind}-{number}", kind, f"password of {kind}-{number}")
+            for kind, count in counts
+            for number in range(1, count + 1)
+        ]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def nats_server(
+    tmp_path_factory: pytest.TempPathFactory, make_identities: Callable[..., list[Identity]]
+) -> Iterator[NatsServer]:
+    """One server for all tests that neither stop it nor need users of their own."""
+    server = NatsServer(identities=make_identities(), data_dir=tmp_path_factory.mktemp("nats"))
+    with asyncio.Runner() as runner:
+        runner.run(server.__aenter__())
+        try:
+            yield server
+        finally:
+            runner.run(server.__aexit__(None, None, None))
+
+
+@pytest.fixture
+async def connect(nats_server: NatsServer) -> AsyncIterator[Callable[..., Awaitable[Bus]]]:
+    """Connect as an identity of `nats_server`, or of `server=`: `await connect("router-1")`."""
+    async with AsyncExitStack() as stack:
+
+        async def connect_as(name: str, *, server: NatsServer = nats_server, **options: Any) -> Bus:
+            kind = next(kind for kind in _KINDS if name.startswith(kind))
+            bus = Bus.connect(server.url_for(name), identity=name, kind=kind, **options)
+            return await stack.enter_async_context(bus)
+
+        yield connect_as
+
+
+@pytest.fixture
+def unique() -> str:
+    """A name that no other test uses, not even one of another process on the same server."""
+    return f"test-{os.getpid()}-{next(_numbers)}"

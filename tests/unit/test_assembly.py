@@ -1,0 +1,174 @@
+"""A valid answer is perturbed in every way a network can; the assembly must never be fooled."""
+
+import random
+from collections import defaultdict
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.assembly import Assembly
+from shared.protocol import (
+    Accepted,
+    Busy,
+    Delta,
+    Done,
+    EmbedResult,
+    End,
+    Fail,
+    Frame,
+    Timings,
+    Usage,
+)
+
+ATTEMPT = 2**62 + 1
+OTHER = 2**61 + 5
+END = End(ATTEMPT, Usage(3, 4), Timings(0.0, 1.0, 2.0))
+
+
+class Outcome(msgspec.Struct):
+    tokens: dict[int, list[int]]
+    gap: bool
+    complete: bool
+
+
+@st.composite
+def answers(draw: Any) -> list[Frame]:
+    """Frames of a whole answer: choices interleaved, each in pieces of one or more tokens."""
+    choices = draw(st.integers(1, 3))
+    streams: list[list[Frame]] = []
+    for choice in range(choices):
+        pieces = draw(st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=3), max_size=5))
+        stream: list[Frame] = []
+        count = 0
+        for piece in pieces:
+            stream.append(Delta(ATTEMPT, choice, count, tuple(piece)))
+            count += len(piece)
+        stream.append(Done(ATTEMPT, choice, count, "stop"))
+        streams.append(stream)
+    order = [choice for choice, stream in enumerate(streams) for _ in stream]
+    random.Random(draw(st.integers())).shuffle(order)
+    middle = [streams[choice].pop(0) for choice in order]
+    return [Accepted(ATTEMPT, "worker-1"), *middle, END]
+
+
+@st.composite
+def perturbed(draw: Any, frames: list[Frame]) -> list[Frame]:
+    """Lose, double, delay and reorder frames, and mix in those of another attempt."""
+    out = list(frames)
+    for _ in range(draw(st.integers(0, 4))):
+        if not out:
+            break
+        here = draw(st.integers(0, len(out) - 1))
+        there = draw(st.integers(0, len(out)))
+        match draw(st.sampled_from(["lose", "double", "move", "foreign"])):
+            case "lose":
+                del out[here]
+            case "double":
+                out.insert(there, out[here])
+            case "move":
+                frame = out.pop(here)
+                out.insert(min(there, len(out)), frame)
+            case "foreign":
+                out.insert(there, msgspec.structs.replace(out[here], attempt=OTHER))
+    return out
+
+
+def tokens_of(frames: list[Frame]) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = defaultdict(list)
+    for frame in frames:
+        if isinstance(frame, Delta):
+            tokens[frame.choice] += frame.tokens
+    return dict(tokens)
+
+
+def choices_of(frames: list[Frame]) -> int:
+    return sum(isinstance(frame, Done) for frame in frames)
+
+
+def receive(frames: list[Frame], choices: int) -> Outcome:
+    """What a router makes of the frames: it takes them in turn and gives up at a gap."""
+    assembly = Assembly(ATTEMPT, choices)
+    taken: list[Frame] = []
+    for frame in frames:
+        verdict = assembly.check(frame)
+        if verdict == "gap":
+            return Outcome(tokens_of(taken), gap=True, complete=False)
+        if verdict == "take":
+            taken.append(frame)
+    complete = any(isinstance(frame, End) for frame in taken)
+    assert complete == assembly.ended
+    return Outcome(tokens_of(taken), gap=False, complete=complete)
+
+
+@given(answers())
+def test_an_undisturbed_answer_is_taken_whole(frames: list[Frame]) -> None:
+    assert receive(frames, choices_of(frames)) == Outcome(tokens_of(frames), False, True)
+
+
+@given(st.data())
+def test_a_disturbed_answer_is_whole_or_is_not_taken_for_whole(data: Any) -> None:
+    frames = data.draw(answers())
+    whole = tokens_of(frames)
+    outcome = receive(data.draw(perturbed(frames)), choices_of(frames))
+    if outcome.complete:
+        assert outcome.tokens == whole
+    # What was shown before a gap is right as far as it goes.
+    for choice, tokens in outcome.tokens.items():
+        assert tokens == whole[choice][: len(tokens)]
+
+
+@given(st.data())
+def test_a_lost_token_frame_is_always_noticed(data: Any) -> None:
+    frames = data.draw(answers().filter(lambda frames: any(isinstance(f, Delta) for f in frames)))
+    deltas = [index for index, frame in enumerate(frames) if isinstance(frame, Delta)]
+    lost = data.draw(st.sampled_from(deltas))
+    assert receive(frames[:lost] + frames[lost + 1 :], choices_of(frames)).gap
+
+
+@given(st.data())
+def test_doubled_frames_change_nothing(data: Any) -> None:
+    frames = data.draw(answers())
+    twice = [copy for frame in frames for copy in (frame, frame)]
+    late = twice + data.draw(st.lists(st.sampled_from(frames)))
+    assert receive(late, choices_of(frames)) == Outcome(tokens_of(frames), False, True)
+
+
+@given(answers())
+def test_frames_of_another_attempt_are_dropped(frames: list[Frame]) -> None:
+    foreign = [msgspec.structs.replace(frame, attempt=OTHER) for frame in frames]
+    mixed = [copy for pair in zip(foreign, frames, strict=True) for copy in pair]
+    assert receive(mixed, choices_of(frames)) == Outcome(tokens_of(frames), False, True)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        Fail(ATTEMPT, "worker_failed", "the engine died"),
+        Busy(ATTEMPT, "worker-1"),
+        EmbedResult(ATTEMPT, (b"\0\0\0\0",), Usage(1, 0)),
+    ],
+)
+def test_nothing_is_taken_after_a_last_frame(last: Frame) -> None:
+    assembly = Assembly(ATTEMPT)
+    assert assembly.check(last) == "take"
+    assert assembly.ended
+    assert assembly.check(Delta(ATTEMPT, 0, 0, (1,))) == "drop"
+    assert assembly.check(last) == "drop"
+
+
+def test_an_end_before_all_choices_are_done_is_a_gap() -> None:
+    assembly = Assembly(ATTEMPT, choices=2)
+    assert assembly.check(Done(ATTEMPT, 0, 0, "stop")) == "take"
+    assert assembly.check(END) == "gap"
+    assert not assembly.ended
+
+
+def test_two_assemblies_share_nothing() -> None:
+    one, other = Assembly(1), Assembly(2)
+    one.check(Delta(1, 0, 0, (5,)))
+    one.check(Done(1, 0, 1, "stop"))
+    assert other.counts == {}
+    assert other.done == set()

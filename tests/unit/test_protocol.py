@@ -1,0 +1,164 @@
+import inspect
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared import protocol
+from shared.protocol import Accepted, Cancel, Chunk, Delta, Embed, Fail, Generate, RouterBeat, Usage
+
+_FRAMES = (
+    protocol.Accepted,
+    protocol.Busy,
+    protocol.Delta,
+    protocol.Done,
+    protocol.End,
+    protocol.EmbedResult,
+    protocol.Fail,
+)
+_STRUCTS = [
+    value
+    for _, value in inspect.getmembers(protocol, inspect.isclass)
+    if issubclass(value, msgspec.Struct)
+]
+
+plain = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def values(node: Any, depth: int = 0) -> st.SearchStrategy[Any]:
+    """Any value of a type, as msgspec itself describes the type."""
+    match node:
+        case msgspec.inspect.StructType():
+            return st.builds(
+                node.cls, **{field.name: values(field.type, depth + 1) for field in node.fields}
+            )
+        case msgspec.inspect.UnionType():
+            return st.one_of([values(kind, depth) for kind in node.types])
+        case msgspec.inspect.VarTupleType():
+            # A token's alternatives are tokens again; two levels are all that occurs.
+            size = 0 if depth > 5 else 3
+            item = st.nothing() if depth > 5 else values(node.item_type, depth + 1)
+            return st.lists(item, max_size=size).map(tuple)
+        case msgspec.inspect.DictType():
+            return st.dictionaries(
+                values(node.key_type, depth), values(node.value_type, depth), max_size=3
+            )
+        case msgspec.inspect.LiteralType():
+            return st.sampled_from(node.values)
+        case msgspec.inspect.AnyType():
+            return plain
+    leaves: dict[type, st.SearchStrategy[Any]] = {
+        msgspec.inspect.IntType: st.integers(-(2**63), 2**63 - 1),
+        msgspec.inspect.FloatType: st.floats(allow_nan=False),
+        msgspec.inspect.StrType: st.text(),
+        msgspec.inspect.BytesType: st.binary(),
+        msgspec.inspect.BoolType: st.booleans(),
+        msgspec.inspect.NoneType: st.none(),
+    }
+    return leaves[type(node)]
+
+
+def any_of(kind: Any) -> st.SearchStrategy[Any]:
+    return values(msgspec.inspect.type_info(kind))
+
+
+@pytest.mark.parametrize("kind", _STRUCTS, ids=lambda kind: kind.__name__)
+@given(data=st.data())
+def test_every_struct_survives_its_round_trip(kind: type[msgspec.Struct], data: Any) -> None:
+    value = data.draw(any_of(kind))
+    assert msgspec.msgpack.decode(protocol.encode(value), type=kind) == value
+
+
+@given(any_of(Generate | Embed))
+def test_requests_survive_the_wire(request: Any) -> None:
+    assert protocol.decode_request(protocol.encode(request)) == request
+
+
+@given(st.lists(st.one_of([any_of(kind) for kind in _FRAMES]), max_size=4))
+def test_a_message_of_mixed_frames_survives_the_wire(frames: list[Any]) -> None:
+    assert protocol.decode_frames(protocol.encode(frames)) == tuple(frames)
+
+
+@given(any_of(Cancel), any_of(Chunk))
+def test_cancels_and_chunks_survive_the_wire(cancel: Cancel, chunk: Chunk) -> None:
+    assert protocol.decode_cancel(protocol.encode(cancel)) == cancel
+    assert protocol.decode_chunk(protocol.encode(chunk)) == chunk
+
+
+@given(any_of(protocol.Beat), any_of(RouterBeat))
+def test_beats_survive_the_wire_as_json(worker: protocol.Beat, router: RouterBeat) -> None:
+    sent = protocol.encode_beat(worker)
+    assert isinstance(msgspec.json.decode(sent), dict)
+    if all(_finite(model) for model in worker.models) and _finite(worker):
+        assert protocol.decode_beat(sent) == worker
+    if _finite(router):
+        assert protocol.decode_router_beat(protocol.encode_beat(router)) == router
+
+
+def _finite(value: msgspec.Struct) -> bool:
+    """JSON knows no infinity."""
+    floats = [v for v in msgspec.structs.astuple(value) if isinstance(v, float)]
+    return all(abs(number) != float("inf") for number in floats)
+
+
+@pytest.mark.parametrize(
+    "decode",
+    [
+        protocol.decode_request,
+        protocol.decode_frames,
+        protocol.decode_cancel,
+        protocol.decode_chunk,
+        protocol.decode_beat,
+        protocol.decode_router_beat,
+    ],
+)
+@given(data=st.binary() | plain.map(msgspec.msgpack.encode))
+def test_what_is_no_message_raises_decode_error_and_nothing_else(decode: Any, data: bytes) -> None:
+    try:
+        decode(data)
+    except msgspec.DecodeError:
+        return
+    # What passes is a message: it encodes to something that decodes again.
+    again = protocol.encode_beat if "beat" in decode.__name__ else protocol.encode
+    assert decode(again(decode(data))) == decode(data)
+
+
+@pytest.mark.parametrize("kind", _FRAMES, ids=lambda kind: kind.__name__)
+@given(data=st.data())
+def test_fields_appended_by_a_later_version_are_ignored(kind: Any, data: Any) -> None:
+    frame = data.draw(any_of(kind))
+    raw = msgspec.msgpack.decode(protocol.encode([frame]))
+    later = [[*raw[0], "of a later version", {"x": 1}]]
+    assert protocol.decode_frames(msgspec.msgpack.encode(later)) == (frame,)
+
+
+def test_fields_missing_from_an_earlier_version_get_their_defaults() -> None:
+    old = msgspec.msgpack.encode([["a", 7, "worker-1"], ["d", 7, 0, 3, [5, 6]], ["f", 7, "c", "m"]])
+    assert protocol.decode_frames(old) == (
+        Accepted(7, "worker-1"),
+        Delta(7, 0, 3, (5, 6)),
+        Fail(7, "c", "m"),
+    )
+
+
+@given(any_of(Generate | Embed))
+def test_unknown_fields_of_a_request_are_ignored(request: Any) -> None:
+    raw = msgspec.msgpack.decode(protocol.encode(request), strict=False)
+    raw["of_a_later_version"] = [1, 2]
+    assert protocol.decode_request(msgspec.msgpack.encode(raw)) == request
+
+
+def test_a_token_frame_is_small() -> None:
+    """Array-like: the names of fields do not travel with every token."""
+    assert len(protocol.encode([Delta(2**62, 0, 100, (12345,), " word")])) < 32
+    assert len(protocol.encode(Usage(1, 2))) < 8
