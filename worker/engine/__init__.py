@@ -1,1 +1,1 @@
-"""The engine process: continuous batching on llama.cpp. Nothing outside this package imports llama_cpp."""
+"""The engine process: continuous batching on llama.cpp, imported by no other package."""

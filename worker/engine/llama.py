@@ -1,10 +1,10 @@
 """A typed skin over the part of llama.cpp's C interface that the engine uses.
 
 It owns the native handles and their lifetimes and turns C conventions into Python ones; it decides
-nothing. The KV cache is not unified: each slot is a stream of its own, so that a sequence's rounding
-does not depend on its company and flash attention reads no other sequence's cells. llama.cpp computes
-streams together in one pass only where their slot numbers are consecutive (`llama_batch_allocr::
-split_equal`), which is why `slots.py` keeps them compact.
+nothing. The KV cache is not unified: each slot is a stream of its own, so that a sequence's
+rounding does not depend on its company and flash attention reads no other sequence's cells.
+llama.cpp computes streams together in one pass only where their slot numbers are consecutive
+(`llama_batch_allocr::split_equal`), which is why `slots.py` keeps them compact.
 """
 
 import ctypes
@@ -210,16 +210,16 @@ class Context:
             self.handle = None
 
     def decode(self, batch: Batch, rows: int) -> int:
-        """Run the first `rows` rows; 0: done, 1: no room in the cache, else an error of llama.cpp."""
+        """Run the first `rows` rows; 0: done, 1: no room in the cache, else an error."""
         batch.native.n_tokens = rows
         code = int(ll.llama_decode(self.handle, batch.native))
         ll.llama_synchronize(self.handle)
         return code
 
     def logits(self, outputs: int) -> NDArray[np.float32]:
-        """Logits of the rows that asked for output, (outputs, vocabulary), valid until the next decode.
+        """Logits of the rows that asked for output, (outputs, vocabulary).
 
-        The array is llama.cpp's own memory and may be written to.
+        The array is llama.cpp's own memory, valid until the next decode, and may be written to.
         """
         pointer = ll.llama_get_logits(self.handle)
         size = self._model.vocab_size
@@ -227,7 +227,7 @@ class Context:
         return flat.reshape(outputs, size)
 
     def embeddings(self, outputs: int) -> NDArray[np.float32]:
-        """Hidden states after the last norm, (outputs, embedding size), valid until the next decode."""
+        """Hidden states after the last norm, (outputs, embedding size), until the next decode."""
         pointer = ll.llama_get_embeddings(self.handle)
         size = self._model.embedding_size
         flat = np.ctypeslib.as_array(pointer, (outputs * size,))

@@ -36,7 +36,9 @@ class Outbox:
         if not (self._by_router or self._ended or force):
             return
         mail = tuple(
-            Mail(reply, self._encode(frames)) for reply, frames in self._by_router.values() if frames
+            Mail(reply, self._encode(frames))
+            for reply, frames in self._by_router.values()
+            if frames
         )
         step = Step(mail, tuple(self._ended), stats)
         self._by_router.clear()

@@ -54,4 +54,3 @@ def plan(remaining: Sequence[int], budget: int) -> list[int]:
         rows.append(share)
         left -= share
     return rows
-

@@ -114,9 +114,7 @@ class Sequence:
             top = tuple(self._logprob(t, float(raw[t])) for t in most_likely(raw, wanted))
             logprobs = (self._logprob(token, float(raw[token]), top),)
         frames.append(
-            Delta(
-                job.attempt, self.choice, first, (token,), content, logprobs, deltas, reasoning
-            )
+            Delta(job.attempt, self.choice, first, (token,), content, logprobs, deltas, reasoning)
         )
         if stopped:
             self._finish("stop", frames, stopped_by=self._assembler.stopped_by)
@@ -126,6 +124,9 @@ class Sequence:
             if self._matcher.stopped:
                 self._finish("stop", frames)
                 return token, True
+        if self._tools is not None and self._tools.finished:
+            self._finish("stop", frames)
+            return token, True
         if self.count >= self.limit:
             self._finish("length", frames)
             return token, True

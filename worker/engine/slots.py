@@ -1,4 +1,4 @@
-"""Slots: which sequence lives where in the KV cache, and whose tokens can be used again. Pure policy.
+"""Slots: which sequence lives where in the KV cache, whose tokens can be reused. Pure policy.
 
 A slot keeps its tokens after its sequence has retired, until the room is needed. Two wishes pull on
 the choice of a slot: reuse of a prefix that is there already, and compactness, since llama.cpp
@@ -61,7 +61,7 @@ def common_prefix(left: Tokens[int], right: Tokens[int], limit: int) -> int:
 
 
 def hole(active: Tokens[int]) -> tuple[int, int] | None:
-    """Of the busy slot numbers: (the highest, the lowest gap below it), or None if there is no gap."""
+    """(The highest busy slot, the lowest gap below it), or None if there is no gap."""
     if not active:
         return None
     low, high = min(active), max(active)

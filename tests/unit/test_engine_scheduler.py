@@ -1,0 +1,49 @@
+"""Scheduling: every decoding sequence gets its row, prefill fits the rest, progress is certain."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.engine.scheduler import LEAST_PREFILL, Pace, plan
+
+remaining = st.lists(st.integers(1, 5000), min_size=1, max_size=40)
+
+
+@given(remaining, st.integers(1, 600))
+def test_decoding_goes_first_and_prefill_gets_the_rest(left, budget):
+    rows = plan(left, budget)
+
+    decoding = left.count(1)
+    assert all(rows[i] == 1 for i, count in enumerate(left) if count == 1)
+    assert all(0 <= row <= count for row, count in zip(rows, left, strict=True))
+    assert sum(rows) <= max(budget, decoding)
+
+
+@given(remaining)
+def test_with_the_budget_that_pace_gives_something_always_moves(left):
+    budget = Pace(512).budget(left.count(1))
+
+    assert sum(plan(left, budget)) > 0
+
+
+@given(
+    st.lists(st.tuples(st.integers(16, 512), st.floats(1e-4, 10)), max_size=20), st.integers(0, 32)
+)
+def test_the_budget_stays_within_its_bounds(measured, decoding):
+    pace = Pace(512)
+    for rows, seconds in measured:
+        pace.measured(rows, seconds)
+
+    assert min(512, decoding + LEAST_PREFILL) <= pace.budget(decoding) <= 512
+
+
+def test_a_slow_machine_gets_small_prefill_steps_beside_decoding():
+    pace = Pace(512)
+    for _ in range(30):
+        pace.measured(400, 1.0)
+
+    assert pace.budget(4) == 4 + LEAST_PREFILL
+    assert pace.budget(0) == 100
+
+
+def test_a_single_last_row_is_not_left_over():
+    assert plan([33], 32) == [31]

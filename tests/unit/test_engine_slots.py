@@ -1,0 +1,130 @@
+"""Slots: reuse, compactness, and that a placement never promises tokens that are not there."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from worker.engine.slots import Slot, Slots, common_prefix, hole
+
+tokens = st.lists(st.integers(0, 3), max_size=80)
+
+
+@given(tokens, tokens, st.integers(0, 90))
+def test_common_prefix_is_the_longest_within_its_limit(left, right, limit):
+    size = common_prefix(left, right, limit)
+
+    assert size <= limit
+    assert left[:size] == right[:size]
+    assert size == min(len(left), len(right), limit) or left[size] != right[size]
+
+
+@given(st.sets(st.integers(0, 31)))
+def test_a_hole_is_named_exactly_when_the_busy_slots_are_not_consecutive(active):
+    gap = hole(sorted(active))
+
+    consecutive = not active or max(active) - min(active) + 1 == len(active)
+    assert (gap is None) == consecutive
+    if gap is not None:
+        assert gap[0] == max(active)
+        assert gap[1] not in active
+        assert min(active) < gap[1] < gap[0]
+
+
+def test_a_conversation_goes_back_to_the_slot_that_holds_it():
+    slots = Slots(4)
+    first = slots.take(slots.place(list(range(100))), list(range(100)))
+    first.cached = 100
+    slots.release(first)
+    other = slots.take(slots.place([7] * 50), [7] * 50)
+    other.cached = 50
+    slots.release(other)
+
+    placement = slots.place([*range(100), 5, 6, 7])
+
+    assert (placement.slot, placement.source, placement.reuse) == (first.index, first.index, 100)
+
+
+def test_a_prefix_beside_running_sequences_is_copied_next_to_them():
+    slots = Slots(8)
+    running = [slots.take(slots.place([i] * 40), [i] * 40) for i in range(3)]
+    for slot in running:
+        slot.cached = 40
+    far = slots.all[6]
+    far.tokens, far.cached = list(range(50, 150)), 100
+
+    placement = slots.place([*range(50, 150), 1, 2])
+
+    active = slots.active
+    assert placement.source == 6
+    assert placement.reuse == 100
+    assert placement.slot in (active[0] - 1, active[-1] + 1)
+
+
+def test_a_request_waits_for_the_prefill_that_computes_its_prefix():
+    slots = Slots(4)
+    prompt = list(range(300))
+    slot = slots.take(slots.place(prompt), prompt)
+
+    assert slots.place([*prompt, 1, 2]) is None
+
+    slot.cached = 300
+    assert slots.place([*prompt, 1, 2]).reuse == 300
+
+
+class SlotLife(RuleBasedStateMachine):
+    """Random arrivals, progress, retirements and moves over five slots."""
+
+    def __init__(self):
+        super().__init__()
+        self.slots = Slots(5)
+        self.truth = {index: [] for index in range(5)}  # what the KV cache would really hold
+        self.live: list[Slot] = []
+
+    @rule(prompt=st.lists(st.integers(0, 2), min_size=1, max_size=90))
+    def arrive(self, prompt):
+        placement = self.slots.place(prompt)
+        if placement is None:
+            return
+        assert not self.slots.all[placement.slot].busy
+        assert placement.reuse <= max(0, len(prompt) - 2)
+        assert self.truth[placement.source][: placement.reuse] == prompt[: placement.reuse]
+        self.truth[placement.slot] = prompt[: placement.reuse]
+        self.live.append(self.slots.take(placement, prompt))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), count=st.integers(1, 40))
+    def compute(self, data, count):
+        slot = data.draw(st.sampled_from(self.live))
+        end = min(len(slot.tokens), slot.cached + count)
+        self.truth[slot.index] += slot.tokens[slot.cached : end]
+        slot.cached = end
+        if end == len(slot.tokens):
+            slot.tokens.append(1)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def retire(self, data):
+        slot = data.draw(st.sampled_from(self.live))
+        self.live.remove(slot)
+        self.slots.release(slot)
+
+    @rule()
+    def close_gap(self):
+        gap = hole(self.slots.active)
+        if gap is None:
+            return
+        source, target = gap
+        old = self.slots.all[source]
+        self.truth[target] = list(self.truth[source])
+        self.live[self.live.index(old)] = self.slots.move(source, target)
+
+    @invariant()
+    def what_a_slot_says_is_what_the_cache_holds(self):
+        for slot in self.slots.all:
+            assert slot.tokens[: slot.cached] == self.truth[slot.index][: slot.cached]
+            assert len(self.truth[slot.index]) >= slot.cached
+        assert [s.index for s in self.slots.all if s.busy] == sorted(s.index for s in self.live)
+
+
+TestSlotLife = SlotLife.TestCase
+TestSlotLife.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -1,0 +1,109 @@
+"""`python -m worker.engine --fd N`: one engine process, driven over socket N (worker/link.py).
+
+It ignores SIGINT, since Ctrl-C goes to the whole terminal group and the agent decides when to stop.
+"""
+
+import argparse
+import gc
+import os
+import signal
+import socket
+import sys
+import time
+
+import structlog
+
+from worker.engine.embedding import Embedder
+from worker.engine.intake import Intake, read_message
+from worker.engine.llama import Batch, Context, LoadError, Model, silence
+from worker.engine.loop import Loop
+from worker.engine.outbox import Outbox
+from worker.link import EngineConfig, Failed, Loading, Ready, decode_config, pack
+
+MOST_CONTEXT = 8192
+"""Tokens a sequence gets by default at most, however long the model was trained."""
+
+
+def main() -> None:
+    """Load, prove that a token comes out, serve."""
+    parser = argparse.ArgumentParser(prog="worker.engine")
+    parser.add_argument("--fd", type=int, required=True)
+    link = socket.socket(fileno=parser.parse_args().fd)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(file=sys.stderr))
+    first = read_message(link)
+    if first is None:
+        return
+    config = decode_config(first)
+    silence()
+    try:
+        loop = _load(link, config)
+    except (LoadError, RuntimeError) as error:
+        link.sendall(pack(Failed(f"{config.path}: {error}")))
+        sys.exit(1)
+    gc.freeze()  # the vocabulary tables live for ever: never walk them again
+    loop.run()
+    # an orderly teardown is worth nothing here: exit returns all memory at once
+    os._exit(0)
+
+
+def _load(link: socket.socket, config: EngineConfig) -> Loop:
+    began = time.monotonic()
+    told = 0.0
+
+    def progress(fraction: float) -> None:
+        nonlocal told
+        if fraction - told >= 0.02 or fraction == 1.0:
+            told = fraction
+            link.sendall(pack(Loading(fraction)))
+
+    model = Model(config.path, gpu_layers=config.gpu_layers, on_progress=progress)
+    cores = len(os.sched_getaffinity(0))
+    threads = config.threads or max(1, cores - 1)
+    prefill_threads = config.prefill_threads or threads
+    wanted = config.context or min(model.trained_context, MOST_CONTEXT)
+    context = Context(
+        model,
+        slots=config.slots,
+        context=wanted,
+        step_tokens=config.step_tokens,
+        threads=threads,
+        prefill_threads=prefill_threads,
+    )
+    _prove(model, context, config.step_tokens)
+    embedder = Embedder(model, config, context.context, prefill_threads)
+    intake = Intake(link, model, config, context.context)
+    loop = Loop(context, embedder, intake, Outbox(link), config.step_tokens)
+    link.sendall(
+        pack(
+            Ready(
+                context=context.context,
+                slots=context.slots,
+                threads=threads,
+                description=model.description(),
+                load_seconds=round(time.monotonic() - began, 3),
+                embeddings=config.embeddings,
+            )
+        )
+    )
+    intake.start()
+    return loop
+
+
+def _prove(model: Model, context: Context, capacity: int) -> None:
+    """Generate a real token, which also warms all pages up."""
+    batch = Batch(capacity)
+    batch.token[0] = max(model.bos, 0)
+    batch.position[0] = 0
+    batch.slot[0] = 0
+    batch.output[0] = 1
+    code = context.decode(batch, 1)
+    if code != 0:
+        raise RuntimeError(f"llama_decode returned {code} for the first token")
+    if not -float("inf") < float(context.logits(1)[0].max()) < float("inf"):
+        raise RuntimeError("the first token's logits are not finite")
+    context.forget(0)
+
+
+if __name__ == "__main__":
+    main()

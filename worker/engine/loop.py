@@ -1,0 +1,290 @@
+"""The engine's loop: arrivals, slots, one decode call, tokens, frames; then again.
+
+Everything here runs in one thread. What is undecided it asks of pure parts: `slots.py` where a
+sequence lives, `scheduler.py` what goes into a step, `sampling.py` which token comes out.
+"""
+
+import queue
+import time
+from collections import deque
+
+import numpy as np
+import structlog
+
+from shared.errors import DeadlineExceeded, MeshError, WorkerFailed
+from shared.protocol import Fail
+from worker.engine.embedding import Embedder, EmbedJob
+from worker.engine.intake import Intake, Rejected
+from worker.engine.llama import Batch, Context
+from worker.engine.outbox import Outbox
+from worker.engine.scheduler import Pace, plan
+from worker.engine.sequence import Job, NoTokenLeft, Sequence
+from worker.engine.slots import Placement, Slots, hole
+from worker.link import CancelAttempts, EngineStats, Stop
+
+__all__ = ("Loop",)
+
+log = structlog.get_logger()
+
+_MOVE_AFTER_STEPS = 4
+"""Steps for which a gap between busy slots is left to an arriving request before one is moved."""
+
+_MOVE_AT_MOST = 2048
+"""Tokens of a sequence worth copying to close a gap."""
+
+_IDLE_SECONDS = 0.5
+
+
+class Loop:
+    """Serves one model until told to stop."""
+
+    def __init__(
+        self, context: Context, embedder: Embedder, intake: Intake, outbox: Outbox, step_tokens: int
+    ) -> None:
+        self._context = context
+        self._batch = Batch(step_tokens)
+        self._step_tokens = step_tokens
+        self._embedder = embedder
+        self._intake = intake
+        self._outbox = outbox
+        self._slots = Slots(context.slots)
+        self._pace = Pace(step_tokens)
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._jobs: dict[int, Job | EmbedJob] = {}
+        self._gap_steps = 0
+        self._prompt_tokens = 0
+        self._completion_tokens = 0
+        self._cached_tokens = 0
+        self._steps = 0
+        self._stopped = False
+
+    def run(self) -> None:
+        """Serve until `Stop`.
+
+        Raises:
+            RuntimeError: llama.cpp failed in a way that leaves the cache in doubt; the process is
+                to end, and the agent tells all who wait.
+        """
+        while not self._stopped:
+            self._take_arrivals()
+            self._expire()
+            self._admit()
+            if self._running:
+                self._close_gap()
+                self._step()
+            if self._embedder.waiting:
+                self._embed()
+            self._outbox.flush(self._stats())
+
+    # arrivals
+
+    def _take_arrivals(self) -> None:
+        idle = not (self._running or self._waiting or self._embedder.waiting)
+        while True:
+            try:
+                arrival = (
+                    self._intake.arrivals.get(timeout=_IDLE_SECONDS)
+                    if idle
+                    else self._intake.arrivals.get_nowait()
+                )
+            except queue.Empty:
+                return
+            idle = False
+            if isinstance(arrival, Job):
+                self._jobs[arrival.attempt] = arrival
+                self._waiting.extend(arrival.sequences)
+            elif isinstance(arrival, EmbedJob):
+                self._jobs[arrival.attempt] = arrival
+                self._embedder.waiting.append(arrival)
+            elif isinstance(arrival, Rejected):
+                self._reject(arrival.reply, arrival.attempt, arrival.error)
+            elif isinstance(arrival, CancelAttempts):
+                for attempt in arrival.attempts:
+                    if attempt in self._jobs:
+                        self._drop(attempt)
+                    # else it has ended already, its frames crossed the cancellation
+            elif isinstance(arrival, Stop):
+                self._stopped = True
+                return
+
+    def _expire(self) -> None:
+        now = time.time()
+        for attempt, job in list(self._jobs.items()):
+            if job.request.deadline < now:
+                self._fail(attempt, DeadlineExceeded("the deadline passed on the worker"))
+
+    def _reject(self, reply: str, attempt: int, error: MeshError) -> None:
+        frame = Fail(attempt, error.code, error.message, error.param, error.retry_after)
+        self._outbox.frames(reply).append(frame)
+        self._outbox.ended(attempt)
+
+    def _fail(self, attempt: int, error: MeshError) -> None:
+        self._reject(self._jobs[attempt].reply, attempt, error)
+        self._drop(attempt, tell=False)
+
+    def _drop(self, attempt: int, *, tell: bool = True) -> None:
+        """Free all that an attempt holds."""
+        job = self._jobs.pop(attempt)
+        if isinstance(job, EmbedJob):
+            self._embedder.waiting.remove(job)
+        else:
+            for sequence in [s for s in self._running if s.job is job]:
+                self._retire(sequence)
+            if any(s.job is job for s in self._waiting):
+                self._waiting = deque(s for s in self._waiting if s.job is not job)
+        if tell:
+            self._outbox.ended(attempt)
+
+    # slots
+
+    def _admit(self) -> None:
+        deferred: list[Sequence] = []
+        while self._waiting:
+            sequence = self._waiting.popleft()
+            placement = self._slots.place(sequence.job.prompt)
+            if placement is None:
+                deferred.append(sequence)
+                if len(self._slots.active) == len(self._slots.all):
+                    break
+                continue
+            self._occupy(sequence, placement)
+        self._waiting.extendleft(reversed(deferred))
+
+    def _occupy(self, sequence: Sequence, placement: Placement) -> None:
+        context, job = self._context, sequence.job
+        reuse = placement.reuse
+        if placement.source != placement.slot and not context.copy(
+            placement.source, placement.slot
+        ):
+            reuse = 0
+        if not context.forget(placement.slot, reuse):
+            # recurrent models cannot be cut in the middle
+            context.forget(placement.slot)
+            reuse = 0
+        placement = Placement(placement.slot, placement.source, reuse)
+        sequence.slot = self._slots.take(placement, job.prompt)
+        job.start()
+        job.cached = max(job.cached, reuse) if sequence.choice == 0 else job.cached
+        self._cached_tokens += reuse
+        self._prompt_tokens += len(job.prompt)
+        self._running.append(sequence)
+
+    def _retire(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        if sequence.slot is not None:
+            self._slots.release(sequence.slot)
+            sequence.slot = None
+
+    def _close_gap(self) -> None:
+        gap = hole(self._slots.active)
+        if gap is None:
+            self._gap_steps = 0
+            return
+        self._gap_steps += 1
+        if self._gap_steps < _MOVE_AFTER_STEPS:
+            return
+        source, target = gap
+        if self._slots.all[source].cached > _MOVE_AT_MOST:
+            return
+        if not self._context.copy(source, target):
+            raise RuntimeError(f"llama.cpp could not copy slot {source} to {target}")
+        moved = next(s for s in self._running if s.slot is self._slots.all[source])
+        moved.slot = self._slots.move(source, target)
+
+    # a step
+
+    def _step(self) -> None:
+        running = self._running
+        remaining = [_remaining(s) for s in running]
+        decoding = remaining.count(1)
+        rows_of = plan(remaining, self._pace.budget(decoding))
+        # ascending slots, so that llama.cpp finds them consecutive
+        order = sorted(
+            (i for i, rows in enumerate(rows_of) if rows), key=lambda i: _index(running[i])
+        )
+        batch = self._batch
+        row = 0
+        sampled: list[Sequence] = []
+        for i in order:
+            sequence, rows = running[i], rows_of[i]
+            slot = sequence.slot
+            assert slot is not None  # noqa: S101  a running sequence has one
+            start, end = slot.cached, slot.cached + rows
+            batch.token[row : row + rows] = slot.tokens[start:end]
+            batch.position[row : row + rows] = np.arange(start, end)
+            batch.slot[row : row + rows] = slot.index
+            batch.output[row : row + rows] = 0
+            if end == len(slot.tokens):
+                batch.output[row + rows - 1] = 1
+                sampled.append(sequence)
+            slot.cached = end
+            row += rows
+        began = time.perf_counter()
+        code = self._context.decode(batch, row)
+        if code != 0:
+            raise RuntimeError(f"llama_decode returned {code} for {row} rows")
+        if row - decoding > decoding:
+            self._pace.measured(row, time.perf_counter() - began)
+        self._steps += 1
+        if sampled:
+            self._advance(sampled)
+
+    def _advance(self, sampled: list[Sequence]) -> None:
+        logits = self._context.logits(len(sampled))
+        now = time.monotonic()
+        for row, sequence in zip(logits, sampled, strict=True):
+            job = sequence.job
+            if job.attempt not in self._jobs:
+                continue  # failed by a sibling in this very step
+            if not job.first_token:
+                job.first_token = now
+            frames = self._outbox.frames(job.reply)
+            try:
+                token, complete = sequence.advance(row, frames)
+            except NoTokenLeft:
+                self._fail(job.attempt, WorkerFailed("constraint and biases forbid every token"))
+                continue
+            except MeshError as error:
+                self._fail(job.attempt, error)
+                continue
+            self._completion_tokens += 1
+            if not complete:
+                assert sequence.slot is not None  # noqa: S101
+                sequence.slot.tokens.append(token)
+                continue
+            self._retire(sequence)
+            job.open -= 1
+            if job.open == 0:
+                frames.append(job.end())
+                del self._jobs[job.attempt]
+                self._outbox.ended(job.attempt)
+
+    def _embed(self) -> None:
+        done = self._embedder.step(self._pace.budget(len(self._running)))
+        if done is not None:
+            self._outbox.frames(done.reply).append(done.result())
+            self._prompt_tokens += sum(map(len, done.inputs))
+            del self._jobs[done.attempt]
+            self._outbox.ended(done.attempt)
+
+    def _stats(self) -> EngineStats:
+        held = sum(slot.cached for slot in self._slots.all if slot.busy)
+        return EngineStats(
+            running=len(self._running),
+            waiting=len(self._waiting) + len(self._embedder.waiting),
+            kv_used=round(held / (self._context.slots * self._context.context), 4),
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            cached_tokens=self._cached_tokens,
+            steps=self._steps,
+        )
+
+
+def _remaining(sequence: Sequence) -> int:
+    slot = sequence.slot
+    return 0 if slot is None else len(slot.tokens) - slot.cached
+
+
+def _index(sequence: Sequence) -> int:
+    return -1 if sequence.slot is None else sequence.slot.index
