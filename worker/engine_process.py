@@ -6,7 +6,7 @@ and its last words become the reason that is told.
 """
 
 import asyncio
-import ctypes
+import os
 import random
 import signal
 import socket
@@ -54,7 +54,18 @@ START_ATTEMPTS = 3
 DEATH_NOTICE_SECONDS = 0.25
 """How long a broken link waits for the exit status before its requests are failed without it."""
 
-_PR_SET_PDEATHSIG = 1
+# Runs in the child before the engine. Not a preexec_fn: that may deadlock where there are threads.
+_TIED = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the agent is gone")
+try:
+    os.execvp(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    sys.exit(f"cannot start {sys.argv[2]}: {error.strerror}")
+"""
+
 _TELLING = ("assert", "error", "failed", "out of memory")
 
 _log = structlog.get_logger()
@@ -167,7 +178,7 @@ class EngineProcess:
         ours, theirs = socket.socketpair()
         try:
             process = await asyncio.create_subprocess_exec(
-                *self._command,
+                *_tied(self._command),
                 "--fd",
                 str(theirs.fileno()),
                 pass_fds=(theirs.fileno(),),
@@ -176,7 +187,6 @@ class EngineProcess:
                 stderr=asyncio.subprocess.STDOUT,
                 # A session of its own: Ctrl-C in a terminal is for the agent alone, which drains.
                 start_new_session=True,
-                preexec_fn=_death_signal(),
             )
         except OSError as error:
             ours.close()
@@ -315,17 +325,11 @@ class _Link(asyncio.Protocol):
         self.closed.set()
 
 
-def _death_signal() -> Callable[[], None] | None:
-    """What makes a child die with its parent, to run between fork and exec."""
+def _tied(command: Sequence[str]) -> tuple[str, ...]:
+    """The command line of a child that the kernel kills when this process dies."""
     if sys.platform != "linux":
-        return None
-    # Looked up now: the child may do nothing but this one system call.
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-
-    def die_with_parent() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    return die_with_parent
+        return tuple(command)
+    return (sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid()), *command)
 
 
 async def _reap(process: asyncio.subprocess.Process) -> None:

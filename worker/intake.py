@@ -1,0 +1,85 @@
+"""Reading a request as it comes off the wire: what may go to an engine, and what is answered here.
+
+Pure: bytes, headers and the time in; a request, or the reason against it, out.
+"""
+
+from collections.abc import Collection, Mapping
+
+import msgspec
+
+from shared.protocol import VERSION, Busy, Fail, Frame, Generate, Request, decode_request
+
+__all__ = ("VERSION_HEADER", "Rejected", "read_request", "weight")
+
+VERSION_HEADER = "Mesh-Version"
+
+
+class Rejected(msgspec.Struct, frozen=True):
+    """Why a message is not taken, and what its sender hears; None if not even that can be said."""
+
+    reason: str
+    answer: Frame | None
+
+
+class _Attempt(msgspec.Struct):
+    """All that must be readable of a broken request for its sender to be told."""
+
+    attempt: int
+
+
+_attempt = msgspec.msgpack.Decoder(_Attempt)
+
+
+def read_request(
+    data: bytes,
+    headers: Mapping[str, str] | None,
+    *,
+    worker: str,
+    names: Collection[str],
+    now: float,
+) -> Request | Rejected:
+    """Read a request for a model of one of `names` and check what every request must fulfil."""
+    version = (headers or {}).get(VERSION_HEADER, "")
+    if version.split(".")[0] != VERSION.split(".")[0]:
+        return _version_rejected(data, version)
+    try:
+        request = decode_request(data)
+    except msgspec.DecodeError as error:
+        return _unreadable(data, str(error))
+    if request.model not in names:
+        return Rejected(
+            f"for model {request.model!r}",
+            Busy(request.attempt, worker, reason="unknown_model"),
+        )
+    if request.deadline <= now:
+        return Rejected(
+            "its deadline had passed",
+            Fail(
+                request.attempt,
+                "deadline_exceeded",
+                f"the request reached its worker {now - request.deadline:.1f} s after its deadline",
+            ),
+        )
+    return request
+
+
+def weight(request: Request) -> int:
+    """Slots a request takes: one a choice."""
+    return max(1, request.n) if isinstance(request, Generate) else 1
+
+
+def _version_rejected(data: bytes, version: str) -> Rejected:
+    reason = f"protocol version {version or 'missing'}; this worker speaks {VERSION}"
+    try:
+        attempt = _attempt.decode(data).attempt
+    except msgspec.DecodeError:
+        return Rejected(reason, None)
+    return Rejected(reason, Fail(attempt, "unavailable", reason, retry_after=1))
+
+
+def _unreadable(data: bytes, why: str) -> Rejected:
+    try:
+        attempt = _attempt.decode(data).attempt
+    except msgspec.DecodeError:
+        return Rejected(why, None)
+    return Rejected(why, Fail(attempt, "invalid_value", f"malformed request: {why}"))

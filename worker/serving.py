@@ -1,0 +1,348 @@
+"""One model on this worker: its file, its engine, its account of slots, and its doors.
+
+Every attempt that was taken ends in exactly one of these ways: the engine reports it as over, its
+body does not arrive, the engine dies, or the worker ends; each releases its slots and, unless the
+engine has spoken already, answers it.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+import structlog
+
+from shared.bus import Bus, BusMessage
+from shared.protocol import VERSION, Accepted, Busy, Fail, ModelState, Request
+from worker.admission import Admission, Admitted, Dropped, Ticket
+from worker.body import Bodies, Body, BodyError, Full
+from worker.catalog import ModelSource
+from worker.doors import Doors, Wanted
+from worker.engine_process import EngineGaveUp, EngineProcess
+from worker.gguf_header import GgufError, Header
+from worker.hub import DownloadStopped, HubError
+from worker.intake import VERSION_HEADER, Rejected, read_request, weight
+from worker.link import EngineStats, Ready, Step, Submit
+from worker.memory_budget import MemoryBudget, NotEnoughMemory
+from worker.preparing import ServingSettings, prepare
+from worker.replies import Replies
+
+__all__ = ("Serving", "Surroundings")
+
+_log = structlog.get_logger()
+
+
+class Surroundings(msgspec.Struct, frozen=True):
+    """What all models of a worker share."""
+
+    bus: Bus
+    replies: Replies
+    bodies: Bodies
+    budget: MemoryBudget
+    stopping: threading.Event
+    on_change: Callable[[], None]
+    """A model has changed its state: beat."""
+    on_release: Callable[[], None]
+    """Something is over: look whether the worker is idle."""
+
+
+class Serving:
+    """Serves one model; `run` returns only when it cannot be served."""
+
+    def __init__(
+        self, source: ModelSource, settings: ServingSettings, around: Surroundings
+    ) -> None:
+        options = source.options
+        self.name = source.name
+        self.failure = ""
+        """Why the model cannot be served; empty while it can, or might."""
+        self._source = source
+        self._settings = settings
+        self._around = around
+        self._admission = Admission(options.slots or settings.slots, settings.queue)
+        self._doors = Doors(
+            around.bus, source.names, self.take, wanted=self._wanted, on_open=around.on_change
+        )
+        self._engine: EngineProcess | None = None
+        self._header: Header | None = None
+        self._ready: Ready | None = None
+        self._stats = EngineStats(0, 0, 0.0)
+        self._detail = "waiting"
+        self._rate = _Rate()
+        self._log = _log.bind(model=source.name)
+
+    @property
+    def busy(self) -> int:
+        """Attempts that run or wait."""
+        return len(self._admission)
+
+    @property
+    def engine_pid(self) -> int | None:
+        """Process id of the engine, if one runs."""
+        return self._engine.pid if self._engine else None
+
+    async def run(self) -> None:
+        """Fetch, check and serve the model until cancelled or found impossible."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                doors = group.create_task(self._doors.run(), name=f"doors {self.name}")
+                await self._serve()
+                doors.cancel()
+        finally:
+            await self._doors.close()
+
+    async def _serve(self) -> None:
+        around = self._around
+        try:
+            config, self._header = await prepare(
+                self._source,
+                self._settings,
+                worker=around.bus.identity,
+                budget=around.budget,
+                stopping=around.stopping,
+                tell=self._note,
+            )
+            self._engine = EngineProcess(config, self, command=self._settings.command)
+            self._tell("starting")
+            await self._engine.run()
+        except (GgufError, HubError, NotEnoughMemory, EngineGaveUp) as error:
+            self.failure = " ".join(str(error).split())
+            self._log.error("model.failed", reason=self.failure)
+            around.on_change()
+        except DownloadStopped:
+            self._log.info("model.download_stopped")
+
+    def reconnected(self) -> None:
+        """NATS is back."""
+        self._doors.poke()
+
+    def take(self, message: BusMessage) -> None:
+        """A request has come through one of the doors."""
+        if message.status or not message.reply:
+            self._log.warning("request.unanswerable", subject=message.subject)
+            return
+        now = time.time()
+        worker = self._around.bus.identity
+        request = read_request(
+            message.data, message.headers, worker=worker, names=self._source.names, now=now
+        )
+        if isinstance(request, Rejected):
+            self._log.warning("request.rejected", reason=request.reason)
+            if request.answer is not None:
+                self._around.replies.say(message.reply, request.answer)
+            return
+        if not self._can_serve:
+            self._refuse(message.reply, request, "full", 1.0)
+            return
+        try:
+            if request.body_size:
+                self._around.bodies.check(request.body_size)
+        except BodyError as error:
+            self._fail(message.reply, request.attempt, "payload_too_large", str(error))
+            return
+        except Full:
+            self._refuse(message.reply, request, "full", 1.0)
+            return
+        self._admit(message, request, now)
+
+    def complete(self, body: Body) -> None:
+        """The body of a request that was admitted before has come in whole."""
+        data = bytes(body.data)
+        read = read_request(
+            data,
+            {VERSION_HEADER: VERSION},
+            worker=self._around.bus.identity,
+            names=self._source.names,
+            now=time.time(),
+        )
+        if isinstance(read, Rejected):
+            code = read.answer.code if isinstance(read.answer, Fail) else "invalid_value"
+            self.drop_body(body, code, f"malformed request: {read.reason}")
+        elif read.attempt != body.attempt or read.body_size:
+            self.drop_body(body, "invalid_value", "malformed request: head and body differ")
+        elif self._engine is not None and self._engine.ready:
+            self._engine.submit(Submit(body.reply, data, time.time()))
+
+    def drop_body(self, body: Body, code: str, message: str) -> None:
+        """The body of an admitted request will not come, or is of no use."""
+        if self._release(body.attempt) is not None:
+            self._fail(body.reply, body.attempt, code, message)
+
+    def cancel(self, attempts: Sequence[int]) -> None:
+        """The clients of these attempts have left, or cannot be reached."""
+        now = time.monotonic()
+        running: list[int] = []
+        for attempt in attempts:
+            if self._admission.cancel(attempt, now) is None:
+                continue
+            if self._around.bodies.close(attempt) is not None:
+                self._release(attempt)
+            else:
+                running.append(attempt)
+        if running and self._engine is not None:
+            self._engine.cancel(tuple(running))
+
+    def drain(self) -> None:
+        """Take nothing new."""
+        self._admission.draining = True
+        self._doors.poke()
+
+    def abandon(self, reason: str) -> None:
+        """Fail all that is still in."""
+        lost = self._admission.clear(time.monotonic())
+        self._around.bodies.close_model(self.name)
+        for ticket in lost:
+            self._fail(ticket.reply, ticket.attempt, "worker_failed", reason)
+        if lost and self._engine is not None:
+            self._engine.cancel(tuple(ticket.attempt for ticket in lost))
+        self._around.on_release()
+
+    def states(self) -> tuple[ModelState, ...]:
+        """The model as beats tell of it, once under each of its names."""
+        admission, header, stats = self._admission, self._header, self._stats
+        ready = self._can_serve and self._doors.open
+        state = ModelState(
+            name=self.name,
+            state=(
+                "failed"
+                if self.failure
+                else "draining"
+                if admission.draining
+                else "ready"
+                if ready
+                else "loading"
+            ),
+            slots=admission.slots,
+            free=admission.free if ready and not admission.draining else 0,
+            queued=admission.queued,
+            queue_limit=admission.queue_limit,
+            context=self._ready.context if self._ready else 0,
+            kv_used=stats.kv_used,
+            tokens_per_second=round(self._rate.of(stats.completion_tokens, time.monotonic()), 1),
+            embeddings=self._ready.embeddings if self._ready else True,
+            size=header.size if header else 0,
+            created=header.modified if header else 0,
+            detail=self.failure or ("" if ready else self._detail),
+            drafted=stats.drafted,
+            accepted=stats.accepted,
+            cached_tokens=stats.cached_tokens,
+            restarts=self._engine.restarts if self._engine else 0,
+        )
+        return tuple(
+            msgspec.structs.replace(state, name=name) if name != self.name else state
+            for name in self._source.names
+        )
+
+    def on_loading(self, progress: float) -> None:
+        """See EngineEvents."""
+        self._detail = f"loading {progress:.0%}"
+
+    def on_ready(self, ready: Ready) -> None:
+        """See EngineEvents."""
+        self._ready = ready
+        self._admission.resize(ready.slots)
+        self._log.info(
+            "model.ready",
+            context=ready.context,
+            slots=ready.slots,
+            threads=ready.threads,
+            seconds=round(ready.load_seconds, 2),
+        )
+        if ready.advice:
+            self._log.warning("model.advice", advice=ready.advice)
+        self._doors.poke()
+
+    def on_step(self, step: Step) -> None:
+        """See EngineEvents."""
+        replies = self._around.replies
+        for mail in step.mail:
+            replies.post(mail.reply, mail.frames)
+        self._stats = step.stats
+        for attempt in step.ended:
+            self._release(attempt)
+
+    def on_lost(self, reason: str) -> None:
+        """See EngineEvents."""
+        self._stats = EngineStats(0, 0, 0.0)
+        self.abandon(f"worker {self._around.bus.identity}: {reason}")
+        self._tell(f"restarting: {reason}")
+        self._doors.poke()
+
+    @property
+    def _can_serve(self) -> bool:
+        return self._engine is not None and self._engine.ready
+
+    def _wanted(self) -> Wanted:
+        serve = self._can_serve
+        # While draining the own door stays open: who knocks is told at once to go elsewhere.
+        return Wanted(serve, serve and self._admission.free > 0 and not self._admission.draining)
+
+    def _admit(self, message: BusMessage, request: Request, now: float) -> None:
+        admission, attempt = self._admission, request.attempt
+        clock = time.monotonic()
+        ticket = Ticket(attempt, message.reply, weight(request), clock)
+        verdict = admission.offer(ticket, clock)
+        if isinstance(verdict, Dropped):
+            self._log.info("request.dropped", request=request.id, reason=verdict.reason)
+            return
+        if not isinstance(verdict, Admitted):
+            self._refuse(message.reply, request, verdict.reason, verdict.retry_after)
+            return
+        worker = self._around.bus.identity
+        self._around.replies.say(message.reply, Accepted(attempt, worker, verdict.position))
+        if request.body_size:
+            self._around.bodies.begin(
+                attempt,
+                model=self.name,
+                reply=message.reply,
+                size=request.body_size,
+                now=clock,
+                expires=clock + (request.deadline - now),
+            )
+        elif self._engine is not None:
+            self._engine.submit(Submit(message.reply, message.data, now))
+        if admission.free == 0:
+            self._doors.poke()
+
+    def _release(self, attempt: int) -> Ticket | None:
+        was_full = self._admission.free == 0
+        ticket = self._admission.release(attempt, time.monotonic())
+        if ticket is not None:
+            self._around.on_release()
+            if was_full:
+                self._doors.poke()
+        return ticket
+
+    def _refuse(self, reply: str, request: Request, reason: str, retry_after: float) -> None:
+        worker = self._around.bus.identity
+        self._around.replies.say(reply, Busy(request.attempt, worker, retry_after, reason))
+
+    def _fail(self, reply: str, attempt: int, code: str, message: str) -> None:
+        self._around.replies.say(reply, Fail(attempt, code, message))
+
+    def _note(self, detail: str) -> None:
+        # Maybe from a download's thread: a str is replaced in one piece, and a later beat tells it.
+        self._detail = detail
+
+    def _tell(self, detail: str) -> None:
+        self._note(detail)
+        self._around.on_change()
+
+
+class _Rate:
+    """Tokens per second from a counter that starts anew with each engine."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._at = 0.0
+        self._value = 0.0
+
+    def of(self, count: int, now: float) -> float:
+        passed = now - self._at
+        if count < self._count or not self._at:
+            self._count, self._at, self._value = count, now, 0.0
+        elif passed >= 0.4:
+            self._value = (self._value + (count - self._count) / passed) / 2
+            self._count, self._at = count, now
+        return self._value
