@@ -65,13 +65,10 @@ def serve(
     model: Annotated[tuple[str, ...], Parameter(negative_iterable="", show_default=False)] = (),
     memory: _Text = "",
     slots: _Positive = 16,
-    threads: _Text = Annotated[str, Parameter(show_default=False)]
-_NotNegative = 0,
-    ctx: _Text = Annotated[str, Parameter(show_default=False)]
-_NotNegative = 0,
+    threads: _NotNegative = 0,
+    ctx: _NotNegative = 0,
     gpu_layers: Annotated[int | None, Parameter(validator=Number(gte=-1))] = None,
-    queue: _Text = Annotated[str, Parameter(show_default=False)]
-_NotNegative = 64,
+    queue: _NotNegative = 64,
     grace: Annotated[float, Parameter(validator=Number(gte=0))] = 30.0,
     name: _Text = "",
     cache: Path | None = None,
