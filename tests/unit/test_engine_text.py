@@ -1,5 +1,7 @@
 """Text assembly: whole characters, stop strings across token borders, nothing lost."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ def reference(text: str, stop: tuple[str, ...]) -> tuple[str, str]:
 
 def split(data: bytes, cuts: list[int]) -> list[bytes]:
     borders = [0, *sorted(c % (len(data) + 1) for c in cuts), len(data)]
-    return [data[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    return [data[a:b] for a, b in pairwise(borders)]
 
 
 def assemble(pieces: list[bytes], stop: tuple[str, ...]) -> tuple[list[str], TextAssembler]:

@@ -31,17 +31,12 @@ a bound, small models write blanks until the length limit."""
 
 _MARKER = re.compile(r'^(\w*marker)(\[lazy\])?:( TEXT)? ("(?:[^"\\]|\\.)*")$', re.MULTILINE)
 
-_CALLS: dict[ToolFamily, str] = {
-    "hermes": 'calls: open_marker one ("\\n" open_marker one){0,MORE}',
-    "llama3": 'calls: call ("; " call){0,MORE}',
-    "mistral": 'calls: open_marker "[" call (", " call){0,MORE} "]"',
-    "mistral_args": "calls: open_marker call (open_marker call){0,MORE}",
-}
-_AUTO: dict[ToolFamily, str] = {
-    "hermes": 'start: TEXT | text_marker one ("\\n" open_marker one){0,MORE}',
-    "llama3": "start: PLAIN? | calls | text_marker calls",
-    "mistral": 'start: TEXT | text_marker "[" call (", " call){0,MORE} "]"',
-    "mistral_args": "start: TEXT | text_marker call (open_marker call){0,MORE}",
+_FRAMES: dict[ToolFamily, tuple[str, str, str]] = {
+    # What a call is after its marker, what another one is, what ends them all.
+    "hermes": ("one", '"\\n" open_marker one', ""),
+    "llama3": ("call", '"; " call', ""),
+    "mistral": ('"[" call', '", " call', '"]"'),
+    "mistral_args": ("call", "open_marker call", ""),
 }
 _OPEN: dict[ToolFamily, str] = {
     "hermes": TOOL_CALL,
@@ -56,7 +51,7 @@ def tool_constraint(
 ) -> Constraint | None:
     """The constraint that a request's tool choice puts on the output, if any.
 
-    `required` and `named` force one call, or more where `parallel` allows it. `auto` leaves the
+    `named` forces one call, `required` one or, if `parallel`, more. `auto` leaves the
     text free; if a tool is strict, whatever begins a call must become a valid one.
 
     Raises:
@@ -71,11 +66,11 @@ def tool_constraint(
     forced = choice.mode in ("named", "required")
     if not forced and not (choice.mode == "auto" and any(tool.strict for tool in tools)):
         return None
-    more = MAX_CALLS - 1 if choice.parallel else 0
+    more = MAX_CALLS - 1 if choice.parallel and choice.mode != "named" else 0
     lines = ["%llguidance {}"]
-    lines += ["start: calls"] if forced else _auto(family)
-    lines.append(_CALLS[family])
-    lines = [line.replace("MORE", str(more)) for line in lines]
+    lines += _start(family, forced)
+    first, other, last = _FRAMES[family]
+    lines.append(f"calls: {first} {f'({other}){{0,{more}}}' if more else ''} {last}")
     if family != "llama3":
         lines.append(f"open_marker: {json.dumps(_OPEN[family])}")
     if family == "hermes":
@@ -90,17 +85,19 @@ def tool_constraint(
     return Constraint("lark", "\n".join(lines) + "\n")
 
 
-def _auto(family: ToolFamily) -> list[str]:
-    # A text of Llama's that begins with `{` is a call; another family's needs the marker.
-    text = r"(\s*[^\s{](?s:.*))?" if family == "llama3" else "(?s:.*)"
-    lines = [
-        _AUTO[family],
-        f"text_marker[lazy]: TEXT {json.dumps(_OPEN[family])}",
-        f"TEXT: /{text}/",
+def _start(family: ToolFamily, forced: bool) -> list[str]:
+    if forced:
+        return ["start: calls" if family == "llama3" else "start: open_marker calls"]
+    opening = f"text_marker[lazy]: TEXT {json.dumps(_OPEN[family])}"
+    if family != "llama3":
+        return ["start: TEXT | text_marker calls", opening, "TEXT: /(?s:.*)/"]
+    # Llama needs no marker: a text that begins with `{` is a call.
+    return [
+        "start: PLAIN? | calls | text_marker calls",
+        opening,
+        r"TEXT: /(\s*[^\s{](?s:.*))?/",
+        r"PLAIN: /\s*[^\s{](?s:.*)/",
     ]
-    if family == "llama3":
-        lines.append(r"PLAIN: /\s*[^\s{](?s:.*)/")
-    return lines
 
 
 def _call(family: ToolFamily, name: str, number: int) -> str:
