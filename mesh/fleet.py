@@ -43,6 +43,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     workers: tuple[Beat, ...]
     routers: tuple[RouterBeat, ...]
     models: tuple[ModelView, ...]
+    unread: int = 0
+    """Beats that this version cannot decode."""
 
 
 _RANK = {"ready": 0, "loading": 1, "draining": 2, "failed": 3}
@@ -54,36 +56,38 @@ class Fleet:
     def __init__(self) -> None:
         self.workers: dict[str, Beat] = {}
         self.routers: dict[str, RouterBeat] = {}
+        self.unread = 0
+        """Beats that this version cannot decode."""
 
-    def hear(self, data: bytes) -> Beat | None:
-        """Take a worker's beat; None if it is older than what is known, or not a beat."""
+    def hear(self, data: bytes) -> None:
+        """Take a worker's beat, unless it is older than what is known."""
         try:
             beat = decode_beat(data)
         except msgspec.DecodeError:
-            return None
+            self.unread += 1
+            return
         known = self.workers.get(beat.worker)
         if known and beat.started == known.started and beat.sequence < known.sequence:
-            return None
+            return
         if beat.state == "gone":
             self.workers.pop(beat.worker, None)
         else:
             self.workers[beat.worker] = beat
-        return beat
 
-    def hear_router(self, data: bytes) -> RouterBeat | None:
-        """Take a router's beat; None as for `hear`."""
+    def hear_router(self, data: bytes) -> None:
+        """Take a router's beat, as `hear` does a worker's."""
         try:
             beat = decode_router_beat(data)
         except msgspec.DecodeError:
-            return None
+            self.unread += 1
+            return
         known = self.routers.get(beat.router)
         if known and beat.started == known.started and beat.sequence < known.sequence:
-            return None
+            return
         if beat.state == "gone":
             self.routers.pop(beat.router, None)
         else:
             self.routers[beat.router] = beat
-        return beat
 
     def model_state(self, worker: str, model: str) -> ModelState | None:
         """What a worker says of a model."""
@@ -96,7 +100,9 @@ class Fleet:
         """Everything, in the order of the names."""
         workers = tuple(self.workers[name] for name in sorted(self.workers))
         routers = tuple(self.routers[name] for name in sorted(self.routers))
-        return Snapshot(workers=workers, routers=routers, models=_models(workers))
+        return Snapshot(
+            workers=workers, routers=routers, models=_models(workers), unread=self.unread
+        )
 
 
 def _models(workers: tuple[Beat, ...]) -> tuple[ModelView, ...]:

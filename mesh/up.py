@@ -19,6 +19,7 @@ from mesh.child import Child
 from mesh.crew import Crew
 from mesh.errors import CommandError
 from mesh.fleet import Fleet
+from mesh.listening import identity_for
 from mesh.models import ModelFile, models_toml, resolve
 from mesh.narrator import Narrator
 from mesh.parts import (
@@ -38,7 +39,7 @@ from shared import subjects
 from shared.broker import NatsServer
 from shared.bus import Bus, BusUnavailable
 
-__all__ = ("Up", "check_ports")
+__all__ = ("Up", "bring_up", "check_ports")
 
 _DRAIN = 35.0
 """Seconds that routers have for open answers; a little more than they give themselves."""
@@ -143,11 +144,11 @@ class Up:
             self._crew.release_broker()
 
     async def _run_parts(self, group: asyncio.TaskGroup, plan: _Plan, urls: "_Urls") -> None:
-        name = UP if not self._settings.nats else f"mesh-{os.urandom(3).hex()}"
-        async with Bus.connect(urls.of[UP], identity=name, kind="mesh") as bus:
+        url = urls.of[UP]
+        async with Bus.connect(url, identity=identity_for(url), kind="mesh") as bus:
             if self._settings.nats:
                 self._say.step("NATS answers")
-            await bus.subscribe(subjects.BEATS, lambda message: self._hear(message.data))
+            await bus.subscribe(subjects.BEATS, lambda message: self._fleet.hear(message.data))
             await bus.barrier()
             try:
                 self._start_parts(group, plan, urls)
@@ -170,9 +171,6 @@ class Up:
             start.cancel()
             stop.cancel()
             await asyncio.gather(start, stop, return_exceptions=True)
-
-    def _hear(self, data: bytes) -> None:
-        self._fleet.hear(data)
 
     def _start_parts(self, group: asyncio.TaskGroup, plan: _Plan, urls: "_Urls") -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -213,6 +211,11 @@ class Up:
         )
         publish(self._settings.data_dir, running)
         self._say.ready(plan.urls, loads.served, plan.logs)
+
+
+async def bring_up(settings: UpSettings, narrator: Narrator) -> None:
+    """Run `mesh up` until a signal comes; raises as `Up.run`."""
+    await Up(settings, narrator).run()
 
 
 class _Urls(msgspec.Struct, frozen=True, repr_omit_defaults=True):

@@ -1,0 +1,294 @@
+"""`mesh`: the operator's command line.
+
+Settings come from flags, then `MESH_*` variables, then one TOML file. Whatever is wrong with them,
+or with the system, is one line on stderr and an exit code that is not 0.
+"""
+
+import asyncio
+import os
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+import msgspec
+import structlog
+from cyclopts import App, Parameter
+from cyclopts.config import Dict, Env
+from cyclopts.validators import Number
+from rich.console import Console
+
+from mesh.errors import CommandError
+from mesh.fleet import Snapshot
+from mesh.parts import UpSettings, identities
+from mesh.running import default_data_dir, find
+from shared import __version__
+from shared.bus import BusUnavailable
+
+__all__ = ("app", "main")
+
+_Count = Annotated[int, Parameter(validator=Number(gte=1, lte=64))]
+_Optional = Annotated[int | None, Parameter(validator=Number(gte=1), show_default=False)]
+_Text = Annotated[str, Parameter(show_default=False)]
+_DataDir = Annotated[Path | None, Parameter(show_default=False)]
+_Json = Annotated[bool, Parameter(name="--json", negative=())]
+
+app = App(
+    name="mesh",
+    version=__version__,
+    help="Many hosts with llama.cpp, one OpenAI endpoint.",
+    help_format="plaintext",
+    config=Env("MESH_", command=False),
+)
+app.meta.group_parameters = app.group_parameters
+
+
+@app.command
+def up(
+    *,
+    port: Annotated[int, Parameter(validator=Number(gte=0, lte=65535))] = 9337,
+    routers: _Count = 1,
+    workers: _Count = 1,
+    model: Annotated[tuple[str, ...], Parameter(negative_iterable="", show_default=False)] = (),
+    nats: _Text = "",
+    data_dir: _DataDir = None,
+    slots: _Optional = None,
+    threads: _Optional = None,
+    ctx: _Optional = None,
+) -> None:
+    """Bring up a whole system on this host: NATS, routers, workers.
+
+    Parameters
+    ----------
+    port
+        Port of the first router on 127.0.0.1; further routers take the next ones. 0: any free ones.
+    routers
+        Router processes.
+    workers
+        Worker processes; each serves every model.
+    model
+        Path of a GGUF file, hf:owner/repo:file.gguf, or a name. May be repeated. Without it,
+        SmolLM2-135M-Instruct, which comes along.
+    nats
+        A NATS server that runs already, as nats://USER:PASSWORD@HOST:PORT. Without it, one is
+        started, with a user of its own for each process.
+    data_dir
+        Folder for logs, NATS's data and the record that `mesh status` reads. Without it, mesh in
+        the user's state folder.
+    slots
+        Sequences that a worker decodes at once, per model. Without it, the worker's own default.
+    threads
+        Threads of each worker. Without it, the cores but one, shared among the workers.
+    ctx
+        Tokens of context for one sequence. Without it, what the model was trained with, up to 8192.
+    """
+    from mesh.narrator import Narrator
+    from mesh.up import bring_up
+
+    settings = UpSettings(
+        data_dir=_folder(data_dir),
+        port=port,
+        routers=routers,
+        workers=workers,
+        models=model,
+        nats=nats,
+        slots=slots,
+        threads=threads,
+        context=ctx,
+    )
+    asyncio.run(bring_up(settings, Narrator(Console(highlight=False))))
+
+
+@app.command
+def status(*, nats: _Text = "", data_dir: _DataDir = None, as_json: _Json = False) -> None:
+    """Show routers, workers, their models, slots and load.
+
+    Parameters
+    ----------
+    nats
+        The system's NATS server. Without it, that of the running `mesh up`.
+    data_dir
+        The data folder of that `mesh up`.
+    as_json
+        Print JSON.
+    """
+    from mesh.tables import status_view
+
+    snapshot = _listen(nats, data_dir)
+    if as_json:
+        _print_json(snapshot)
+    else:
+        Console(highlight=False).print(status_view(snapshot))
+
+
+@app.command
+def models(*, nats: _Text = "", data_dir: _DataDir = None, as_json: _Json = False) -> None:
+    """Show the models, with their workers, context and state.
+
+    Parameters
+    ----------
+    nats
+        The system's NATS server. Without it, that of the running `mesh up`.
+    data_dir
+        The data folder of that `mesh up`.
+    as_json
+        Print JSON.
+    """
+    from mesh.tables import models_table
+
+    snapshot = _listen(nats, data_dir)
+    if as_json:
+        _print_json(snapshot.models)
+    else:
+        Console(highlight=False).print(models_table(snapshot.models))
+
+
+@app.command
+def chat(
+    model: str | None = None, /, *, url: _Text = "", system: _Text = "", data_dir: _DataDir = None
+) -> None:
+    """Talk to a model. Input that is not a terminal is one question.
+
+    Parameters
+    ----------
+    model
+        Name of a model. Without it, the first that is served.
+    url
+        Base URL of an OpenAI endpoint. Without it, that of the running `mesh up`, else
+        http://127.0.0.1:9337/v1.
+    system
+        System message.
+    data_dir
+        The data folder of that `mesh up`.
+    """
+    from mesh.chat import converse
+
+    if not url:
+        try:
+            url = find(_folder(data_dir)).url
+        except CommandError:
+            url = "http://127.0.0.1:9337/v1"
+    converse(url, model, system, sys.stdin, sys.stdout)
+
+
+@app.command
+def nats_config(
+    *,
+    routers: Annotated[int, Parameter(validator=Number(gte=0))] = 1,
+    workers: Annotated[int, Parameter(validator=Number(gte=0))] = 1,
+    commands: Annotated[int, Parameter(validator=Number(gte=0))] = 1,
+    host: str = "127.0.0.1",
+    port: Annotated[int, Parameter(validator=Number(gte=1, lte=65535))] = 4222,
+    store_dir: str = "nats-data",
+) -> None:
+    """Print a nats-server configuration with a user for each process, and new passwords.
+
+    The users are router-1, worker-1, mesh-1 and so on. Keep the output where only nats-server
+    reads it.
+
+    Parameters
+    ----------
+    routers
+        Users for `mesh-router`.
+    workers
+        Users for `mesh-worker`.
+    commands
+        Users for `mesh status` and `mesh models`.
+    host
+        Address that nats-server listens on.
+    port
+        Port that nats-server listens on.
+    store_dir
+        Folder in which nats-server keeps its data.
+    """
+    from shared.broker import render
+
+    users = identities(routers, workers, commands)
+    sys.stdout.write(render(users, host=host, port=port, store_dir=store_dir))
+
+
+@app.meta.default
+def launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[Path | None, Parameter(env_var="MESH_CONFIG")] = None,
+) -> None:
+    """Read the settings and run the command.
+
+    Parameters
+    ----------
+    config
+        TOML file with the same settings, in a table of the command's name; nats may also stand at
+        its top.
+    """
+    app.config = (Env("MESH_", command=False), *_from_file(config))
+    if config is not None:
+        # The processes that `mesh up` starts read their own tables of it.
+        os.environ["MESH_CONFIG"] = str(config.resolve())
+    app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `mesh` and return its exit code."""
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger("error"),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    try:
+        app.meta(
+            sys.argv[1:] if arguments is None else list(arguments),
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
+    except cyclopts.CycloptsError as error:
+        return _complain(" ".join(str(error).split()), 2)
+    except (CommandError, BusUnavailable) as error:
+        return _complain(str(error), 1)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output, such as `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def _listen(nats: str, data_dir: Path | None) -> Snapshot:
+    from mesh.listening import listen
+
+    return asyncio.run(listen(nats or find(_folder(data_dir)).nats))
+
+
+def _folder(data_dir: Path | None) -> Path:
+    return (data_dir or default_data_dir()).expanduser().absolute()
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value)).decode() + "\n")
+
+
+def _complain(message: str, code: int) -> int:
+    sys.stderr.write(f"mesh: {message}\n")
+    return code
+
+
+def _from_file(path: Path | None) -> list[Dict]:
+    if path is None:
+        return []
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CommandError(f"{path}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise CommandError(f"{path}: {error}") from None
+    common: dict[str, Any] = {key: data[key] for key in ("nats",) if key in data}
+    return [
+        Dict(data, source=str(path)),
+        Dict(common, source=str(path), use_commands_as_keys=False),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
