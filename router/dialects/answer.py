@@ -1,0 +1,121 @@
+"""What every dialect's answer has in common: the contract, and the parts that look alike.
+
+An answer is fed the frames of its request, in order and checked, and gives bytes: for a stream
+those to send at once, for a whole answer nothing until `finish`.
+"""
+
+import time
+from typing import Any, Protocol
+
+import msgspec
+
+from shared.protocol import Delta, Done, EmbedResult, End, Timings, ToolDelta, Usage
+
+__all__ = (
+    "DONE",
+    "PING",
+    "Answer",
+    "Completed",
+    "add_timings",
+    "add_usage",
+    "encode",
+    "event",
+    "merge_tools",
+    "now",
+    "timings_object",
+    "usage_object",
+)
+
+encode = msgspec.json.Encoder().encode
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+
+Completed = End | EmbedResult
+
+
+class Answer(Protocol):
+    """Renders one request's frames. `part` counts the inputs a request was fanned out to."""
+
+    def delta(self, part: int, frame: Delta) -> bytes:
+        """Take new tokens."""
+        ...
+
+    def done(self, part: int, frame: Done) -> bytes:
+        """Take the end of one choice."""
+        ...
+
+    def finish(self, ends: list[Completed]) -> bytes:
+        """All parts are complete; `ends` are in the order of the parts."""
+        ...
+
+
+def now() -> int:
+    """Unix time in whole seconds, for `created`."""
+    return int(time.time())
+
+
+def event(value: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: %b\n\n" % encode(value)
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """OpenAI's usage."""
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+    }
+
+
+def timings_object(timings: Timings, usage: Usage) -> dict[str, Any]:
+    """Where the time went on the worker, and what speculation brought."""
+    rate = usage.completion * 1000 / timings.decode_ms if timings.decode_ms > 0 else 0.0
+    result: dict[str, Any] = {
+        "queue_ms": round(timings.queue_ms, 3),
+        "prefill_ms": round(timings.prefill_ms, 3),
+        "decode_ms": round(timings.decode_ms, 3),
+        "tokens_per_second": round(rate, 2),
+    }
+    if usage.drafted:
+        result |= {"drafted": usage.drafted, "accepted": usage.accepted}
+    return result
+
+
+def add_usage(ends: list[Completed]) -> Usage:
+    """The sum over all parts."""
+    return Usage(
+        prompt=sum(end.usage.prompt for end in ends),
+        completion=sum(end.usage.completion for end in ends),
+        cached=sum(end.usage.cached for end in ends),
+        drafted=sum(end.usage.drafted for end in ends),
+        accepted=sum(end.usage.accepted for end in ends),
+    )
+
+
+def add_timings(ends: list[Completed]) -> Timings:
+    """Parts run side by side: the longest of each."""
+    timings = [end.timings for end in ends if isinstance(end, End)]
+    return Timings(
+        queue_ms=max((t.queue_ms for t in timings), default=0.0),
+        prefill_ms=max((t.prefill_ms for t in timings), default=0.0),
+        decode_ms=max((t.decode_ms for t in timings), default=0.0),
+    )
+
+
+def merge_tools(pieces: tuple[ToolDelta, ...]) -> tuple[ToolDelta, ...]:
+    """Join the pieces of each tool call, in the order the calls began."""
+    calls: dict[int, list[ToolDelta]] = {}
+    for piece in pieces:
+        calls.setdefault(piece.index, []).append(piece)
+    return tuple(
+        ToolDelta(
+            index=index,
+            id="".join(piece.id for piece in group),
+            name="".join(piece.name for piece in group),
+            arguments="".join(piece.arguments for piece in group),
+        )
+        for index, group in calls.items()
+    )

@@ -1,0 +1,212 @@
+"""`/v1/chat/completions`: frames as chunks of a stream, or as one whole answer.
+
+Nearly every frame of a stream is a bit of plain text, so the bytes around the text are made once
+per choice, and a token costs one JSON string and two joins.
+"""
+
+import secrets
+from typing import Any
+
+from router.dialects.answer import (
+    DONE,
+    Completed,
+    add_timings,
+    add_usage,
+    encode,
+    event,
+    merge_tools,
+    now,
+    timings_object,
+    usage_object,
+)
+from shared.protocol import Delta, Done, TokenLogprob, ToolDelta
+
+__all__ = ("ChatAnswer", "ChatStream")
+
+LOWEST = -9999.0
+"""OpenAI's stand-in for the logarithm of zero, which JSON cannot hold."""
+
+
+class ChatStream:
+    """Renders `chat.completion.chunk` events."""
+
+    def __init__(self, model: str, n: int, *, include_usage: bool) -> None:
+        self._common: dict[str, Any] = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "object": "chat.completion.chunk",
+            "created": now(),
+            "model": model,
+        }
+        self._include_usage = include_usage
+        start = encode(self._common)[:-1]
+        self._before = [
+            b'data: %b,"choices":[{"index":%d,"delta":{"content":' % (start, choice)
+            for choice in range(n)
+        ]
+        self._after = b'},"logprobs":null,"finish_reason":null}]%b}\n\n' % (
+            b',"usage":null' if include_usage else b""
+        )
+        # The first chunk of a choice names the role; taken out once it was sent.
+        self._roles = [
+            self._chunk(choice, {"role": "assistant", "content": "", "refusal": None})
+            for choice in range(n)
+        ]
+        self._held = b""
+
+    def delta(self, part: int, frame: Delta) -> bytes:  # noqa: ARG002
+        """Render new tokens; nothing if they hold no text yet."""
+        choice = frame.choice
+        if frame.logprobs or frame.tools or frame.reasoning:
+            rendered = self._rich(frame)
+        elif frame.text:
+            rendered = self._before[choice] + encode(frame.text) + self._after
+        else:
+            return b""
+        if self._roles[choice]:
+            rendered = self._roles[choice] + rendered
+            self._roles[choice] = b""
+        return rendered
+
+    def done(self, part: int, frame: Done) -> bytes:  # noqa: ARG002
+        """Render the end of a choice, held back by one so that the last can carry the timings."""
+        role, self._roles[frame.choice] = self._roles[frame.choice], b""
+        ready, self._held = self._held, self._chunk(frame.choice, {}, reason=frame.reason)
+        return ready + role
+
+    def finish(self, ends: list[Completed]) -> bytes:
+        """Render the last finish reason with timings, the usage if asked for, and `[DONE]`."""
+        usage = add_usage(ends)
+        timings = b',"timings":%b}\n\n' % encode(timings_object(add_timings(ends), usage))
+        if not self._include_usage:
+            return self._held[: -len(b"}\n\n")] + timings + DONE
+        last = event(self._common | {"choices": [], "usage": usage_object(usage)})
+        return self._held + last[: -len(b"}\n\n")] + timings + DONE
+
+    def _chunk(
+        self,
+        choice: int,
+        delta: dict[str, Any],
+        *,
+        reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> bytes:
+        value = self._common | {
+            "choices": [
+                {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+            ]
+        }
+        return event(value | {"usage": None} if self._include_usage else value)
+
+    def _rich(self, frame: Delta) -> bytes:
+        delta: dict[str, Any] = {}
+        if frame.reasoning:
+            delta["reasoning_content"] = frame.reasoning
+        if frame.text or not (frame.tools or frame.reasoning):
+            delta["content"] = frame.text
+        if frame.tools:
+            delta["tool_calls"] = [_tool_piece(piece) for piece in merge_tools(frame.tools)]
+        logprobs = logprobs_object(frame.logprobs) if frame.logprobs else None
+        return self._chunk(frame.choice, delta, logprobs=logprobs)
+
+
+class _Choice:
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.reasoning: list[str] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.tools: list[ToolDelta] = []
+        self.reason = "stop"
+
+
+class ChatAnswer:
+    """Collects frames and renders one `chat.completion`."""
+
+    def __init__(self, model: str, n: int, *, logprobs: bool) -> None:
+        self._model = model
+        self._logprobs = logprobs
+        self._choices = [_Choice() for _ in range(n)]
+
+    def delta(self, part: int, frame: Delta) -> bytes:  # noqa: ARG002
+        """Keep new tokens."""
+        choice = self._choices[frame.choice]
+        choice.text.append(frame.text)
+        choice.reasoning.append(frame.reasoning)
+        choice.logprobs.extend(frame.logprobs)
+        choice.tools.extend(frame.tools)
+        return b""
+
+    def done(self, part: int, frame: Done) -> bytes:  # noqa: ARG002
+        """Keep why a choice ended."""
+        self._choices[frame.choice].reason = frame.reason
+        return b""
+
+    def finish(self, ends: list[Completed]) -> bytes:
+        """Render the answer."""
+        usage = add_usage(ends)
+        return encode(
+            {
+                "id": f"chatcmpl-{secrets.token_hex(12)}",
+                "object": "chat.completion",
+                "created": now(),
+                "model": self._model,
+                "choices": [
+                    {
+                        "index": index,
+                        "message": _message(choice),
+                        "logprobs": logprobs_object(choice.logprobs) if self._logprobs else None,
+                        "finish_reason": choice.reason,
+                    }
+                    for index, choice in enumerate(self._choices)
+                ],
+                "usage": usage_object(usage),
+                "timings": timings_object(add_timings(ends), usage),
+            }
+        )
+
+
+def _message(choice: _Choice) -> dict[str, Any]:
+    text = "".join(choice.text)
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if reasoning := "".join(choice.reasoning):
+        message["reasoning_content"] = reasoning
+    if choice.tools:
+        message["content"] = text or None
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in merge_tools(tuple(choice.tools))
+        ]
+    return message
+
+
+def _tool_piece(piece: ToolDelta) -> dict[str, Any]:
+    if not piece.name:
+        return {"index": piece.index, "function": {"arguments": piece.arguments}}
+    return {
+        "index": piece.index,
+        "id": piece.id,
+        "type": "function",
+        "function": {"name": piece.name, "arguments": piece.arguments},
+    }
+
+
+def logprobs_object(entries: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> dict[str, Any]:
+    """OpenAI's logprobs of a chat choice."""
+    return {
+        "content": [
+            _logprob(entry) | {"top_logprobs": [_logprob(top) for top in entry.top]}
+            for entry in entries
+        ],
+        "refusal": None,
+    }
+
+
+def _logprob(entry: TokenLogprob) -> dict[str, Any]:
+    return {
+        "token": entry.text,
+        "logprob": max(LOWEST, entry.logprob),
+        "bytes": list(entry.data),
+    }

@@ -1,0 +1,199 @@
+"""Bringing requests to workers, and watching over them while they run.
+
+Owns the attempts in flight, the view of the fleet, cancellations, and the clock that ends what
+takes too long. `router.call` is the life of one attempt.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+import msgspec
+import structlog
+
+from router.call import Call, Sink
+from router.fleet import Fleet
+from router.inbox import Inbox
+from router.settings import Settings
+from shared import __version__, subjects
+from shared.bus import Bus, BusMessage, BusUnavailable
+from shared.errors import MeshError, ModelNotFound, QueueFull, Unavailable
+from shared.protocol import Cancel, Request, RouterBeat, decode_beat, encode, encode_beat
+
+__all__ = ("Dispatcher",)
+
+log = structlog.get_logger(__name__)
+
+SWEEP_INTERVAL = 0.25
+BEAT_INTERVAL = 1.0
+LOADING_RETRY = 5
+"""Seconds after which to ask again for a model that is being loaded."""
+
+
+class Dispatcher:
+    """Places requests and keeps watch. Lives within `running`."""
+
+    def __init__(self, bus: Bus, settings: Settings) -> None:
+        self.bus = bus
+        self.settings = settings
+        self.fleet = Fleet()
+        self.inbox = Inbox(bus.inbox)
+        self.draining = False
+        self.placed = 0
+        self._tasks: asyncio.TaskGroup | None = None
+        self._owned: set[asyncio.Task[None]] = set()
+        self._cancels: dict[str, list[int]] = {}
+        self._cancelled = asyncio.Event()
+        self._started = time.time()
+        self._beats = 0
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Listen for beats and frames, sweep, beat; ends all of it at the end."""
+        beats = await self.bus.subscribe(subjects.BEATS, self._on_beat)
+        async with self.inbox.listening(self.bus), asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            for job in (self._sweep, self._beat, self._cancel):
+                self.spawn(job())
+            try:
+                yield
+            finally:
+                await self._send_cancels()
+                await self._publish(subjects.router(self.bus.identity), self._own_beat("gone"))
+                for task in self._owned:
+                    task.cancel()
+        await beats.leave()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be taken."""
+        return self.bus.connected and not self.draining
+
+    def spawn(self, job: Coroutine[Any, Any, None]) -> None:
+        """Run something beside; what it raises is logged, and ends nothing else."""
+        if self._tasks is None:
+            job.close()
+            raise RuntimeError("the dispatcher is not running")
+        task = self._tasks.create_task(_guard(job))
+        self._owned.add(task)
+        task.add_done_callback(self._owned.discard)
+
+    async def place(self, request: Request, sink: Sink, part: int) -> Call:
+        """Send a request to a worker; what becomes of it is told to the sink.
+
+        Raises:
+            MeshError: it cannot be sent at all.
+        """
+        call = Call(self, request, sink, part)
+        self.placed += 1
+        await call.begin()
+        return call
+
+    def cancel(self, worker: str, attempt: int) -> None:
+        """Tell a worker that nobody wants an attempt any more."""
+        self._cancels.setdefault(worker, []).append(attempt)
+        self._cancelled.set()
+
+    def on_connection(self, connected: bool) -> None:
+        """The connection to NATS has come or gone."""
+        if connected:
+            now = time.monotonic()
+            for receiver in self.inbox.receivers():
+                receiver.interrupted(now)
+
+    def nobody(self, model: str, busy: list[float]) -> MeshError:
+        """Why no worker takes a request for this model."""
+        if busy:
+            return QueueFull(
+                f"All workers of the model '{model}' are busy and their queues are full.",
+                retry_after=min(60, max(1, math.ceil(min(busy)))),
+            )
+        view = self.fleet.model(model)
+        if view is not None and view.state == "loading":
+            return Unavailable(
+                f"The model '{model}' is still being loaded.", retry_after=LOADING_RETRY
+            )
+        if view is not None:
+            return Unavailable(f"No worker serves the model '{model}' now.", retry_after=2)
+        if self.fleet.empty():
+            return Unavailable("No worker is connected.", retry_after=2)
+        served = ", ".join(f"'{name}'" for name in self.fleet.served()) or "no model"
+        return ModelNotFound(
+            f"The model '{model}' does not exist here. Served now: {served}.", param="model"
+        )
+
+    def _on_beat(self, message: BusMessage) -> None:
+        try:
+            beat = decode_beat(message.data)
+        except msgspec.DecodeError as error:
+            log.warning("beat.undecodable", subject=message.subject, error=str(error))
+            return
+        if message.subject != subjects.beat(beat.worker):
+            log.warning("beat.misnamed", subject=message.subject, worker=beat.worker)
+            return
+        if not self.fleet.observe(beat, time.monotonic()):
+            self._lose(beat.worker, "has left")
+
+    def _lose(self, worker: str, why: str) -> None:
+        for receiver in self.inbox.receivers():
+            receiver.lost(worker, why)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_INTERVAL)
+            now = time.monotonic()
+            for worker in self.fleet.expire(now):
+                log.warning("worker.lost", worker=worker)
+                self._lose(worker, "stopped answering")
+            wall = time.time()
+            for receiver in self.inbox.receivers():
+                receiver.tick(now, wall)
+
+    async def _beat(self) -> None:
+        while True:
+            state: Literal["draining", "ready"] = "draining" if self.draining else "ready"
+            await self._publish(subjects.router(self.bus.identity), self._own_beat(state))
+            await asyncio.sleep(BEAT_INTERVAL)
+
+    def _own_beat(self, state: Literal["ready", "draining", "gone"]) -> bytes:
+        self._beats += 1
+        return encode_beat(
+            RouterBeat(
+                router=self.bus.identity,
+                sequence=self._beats,
+                state=state,
+                in_flight=len(self.inbox),
+                requests=self.placed,
+                url=f"http://{self.settings.host}:{self.settings.port}",
+                version=__version__,
+                started=self._started,
+            )
+        )
+
+    async def _cancel(self) -> None:
+        while True:
+            await self._cancelled.wait()
+            self._cancelled.clear()
+            await self._send_cancels()
+
+    async def _send_cancels(self) -> None:
+        cancels, self._cancels = self._cancels, {}
+        for worker, attempts in cancels.items():
+            await self._publish(subjects.cancel(worker), encode(Cancel(tuple(attempts))))
+
+    async def _publish(self, subject: str, data: bytes) -> None:
+        try:
+            await self.bus.publish(subject, data)
+        except BusUnavailable as error:
+            # Beats repeat, and a worker drops what nobody waits for when its deadline passes.
+            log.debug("publish.skipped", subject=subject, error=str(error))
+
+
+async def _guard(job: Coroutine[Any, Any, None]) -> None:
+    try:
+        await job
+    except Exception:
+        log.exception("task.failed")

@@ -1,0 +1,232 @@
+"""One HTTP answer: the frames of its calls in, bytes out, from the first to the last.
+
+An ASGI application of its own, which Litestar merely starts. All is written from the callbacks that
+frames arrive in; the request's task only waits for the client to leave. The HTTP status is held back
+until a frame decides it, so that a request that fails before its first token gets a real status.
+"""
+
+import time
+from collections.abc import MutableMapping
+from typing import Any
+
+import structlog
+
+from router.call import Call
+from router.dialects.answer import PING, Answer, Completed
+from router.dispatch import Dispatcher
+from router.metrics import Metrics
+from router.problems import JSON, error_body, error_headers
+from router.sse import Outlet, merge_frames, weight
+from shared.errors import MeshError
+from shared.protocol import Delta, Done, EmbedResult, End, Frame, Request
+
+__all__ = ("ABORT", "RAW_SEND", "REQUEST_ID", "STARTED", "Exchange")
+
+RAW_SEND = "mesh.send"
+"""Scope key of the server's own `send`, past Litestar's wrappers."""
+REQUEST_ID = "mesh.request_id"
+STARTED = "mesh.started"
+"""Scope key of the time (perf_counter) at which the request arrived."""
+ABORT = "mesh.abort"
+"""Scope key of a function that cuts the connection."""
+
+CLIENT_LEFT = 499
+
+log = structlog.get_logger(__name__)
+
+SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class SlowReader(MeshError):
+    """The client reads so slowly that too much would have to be kept for it."""
+
+    code = "client_too_slow"
+
+
+class Exchange:
+    """Places the requests of one HTTP request and answers it."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        metrics: Metrics,
+        *,
+        requests: list[Request],
+        answer: Answer,
+        stream: bool,
+        route: str,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._requests = requests
+        self._answer = answer
+        self._stream = stream
+        self._route = route
+        self._label = metrics.label(requests[0].model)
+        self._gaps = metrics.gaps(self._label)
+        self._calls: list[Call] = []
+        self._ends: dict[int, Completed] = {}
+        self._held: list[tuple[int, Frame]] = []
+        self._held_size = 0
+        self._failure: MeshError | None = None
+        self._outlet: Outlet | None = None
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._status = 0
+        self._finished = False
+        self._arrived = time.perf_counter()
+        self._last_token = 0.0
+        self._last_write = time.monotonic()
+        self._abort: Any = None
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        """Answer, as an ASGI application."""
+        self._arrived = scope.get(STARTED, self._arrived)
+        self._abort = scope.get(ABORT)
+        self._headers = [(b"x-request-id", scope[REQUEST_ID].encode())]
+        self._outlet = Outlet(scope.get(RAW_SEND, send), self._dispatcher.spawn, self._writable)
+        in_flight = self._metrics.in_flight.labels(self._label)
+        in_flight.inc()
+        try:
+            await self._place()
+            # A server says "disconnect" when the client has left and when the response is complete.
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        finally:
+            in_flight.dec()
+            self._close()
+
+    async def _place(self) -> None:
+        try:
+            for part, request in enumerate(self._requests):
+                self._calls.append(await self._dispatcher.place(request, self, part))
+                if self._failure is not None:
+                    return
+        except MeshError as error:
+            self.fail(error)
+
+    # What becomes of the calls
+
+    def frame(self, part: int, frame: Frame) -> None:
+        """Take a frame of one part."""
+        if type(frame) is Delta:
+            if frame.choice == 0 and part == 0:
+                self._observe()
+        elif isinstance(frame, End | EmbedResult):
+            self._ends[part] = frame
+        outlet = self._outlet
+        if outlet is None or self._failure is not None:
+            return
+        if outlet.parked:
+            self._hold(part, frame)
+        elif body := self._render(part, frame):
+            self._write(body)
+
+    def fail(self, error: MeshError) -> None:
+        """End with an error: a status if none was sent yet, else an event in the stream."""
+        if self._failure is not None or self._finished:
+            return
+        self._failure = error
+        for call in self._calls:
+            call.leave()
+        if error.status >= 500:
+            log.warning("request.failed", code=error.code, message=error.message)
+        if self._outlet is not None and not self._outlet.parked:
+            self._write_failure(self._outlet, error)
+
+    def tick(self, now: float) -> None:
+        """Show signs of life on a quiet stream; cut a client that has stopped reading."""
+        idle = now - self._last_write
+        settings = self._dispatcher.settings
+        if self._outlet is None or self._finished:
+            return
+        if self._outlet.parked:
+            if idle > settings.reader_timeout and self._abort is not None:
+                self._abort()
+        elif self._stream and idle > settings.ping_interval:
+            self._write(PING)
+
+    def _observe(self) -> None:
+        now = time.perf_counter()
+        if self._last_token:
+            self._gaps.observe(now - self._last_token)
+        else:
+            self._metrics.first_token.labels(self._label).observe(now - self._arrived)
+        self._last_token = now
+
+    # Writing
+
+    def _render(self, part: int, frame: Frame) -> bytes:
+        if type(frame) is Delta:
+            return self._answer.delta(part, frame)
+        if isinstance(frame, Done):
+            return self._answer.done(part, frame)
+        if len(self._ends) < len(self._requests) or self._finished:
+            return b""
+        self._finished = True
+        return self._answer.finish([self._ends[part] for part in range(len(self._requests))])
+
+    def _write(self, body: bytes) -> None:
+        outlet = self._outlet
+        if outlet is None:
+            return
+        if not self._status:
+            self._status = 200
+            if self._stream:
+                outlet.start(200, SSE_HEADERS + self._headers)
+            else:
+                length = (b"content-length", b"%d" % len(body))
+                outlet.start(200, [JSON, length, *self._headers])
+        self._last_write = time.monotonic()
+        outlet.write(body, more=not self._finished)
+
+    def _write_failure(self, outlet: Outlet, error: MeshError) -> None:
+        self._finished = True
+        body = error_body(error)
+        if self._status:
+            outlet.write(b"data: %b\n\n" % body, more=False)
+            return
+        self._status = error.status
+        length = (b"content-length", b"%d" % len(body))
+        outlet.start(error.status, [*error_headers(error), length, *self._headers])
+        outlet.write(body, more=False)
+
+    def _hold(self, part: int, frame: Frame) -> None:
+        self._held.append((part, frame))
+        self._held_size += weight(frame)
+        if self._held_size > self._dispatcher.settings.held_limit:
+            self.fail(SlowReader("The answer was read too slowly."))
+
+    def _writable(self) -> None:
+        """The client reads again: send what has gathered, merged."""
+        outlet = self._outlet
+        if outlet is None or (self._finished and not self._held):
+            return
+        held, self._held = merge_frames(self._held), []
+        self._held_size = 0
+        body = b"".join(self._render(part, frame) for part, frame in held)
+        self._last_write = time.monotonic()
+        if body:
+            self._write(body)
+        if self._failure is not None and not self._finished:
+            self._write_failure(outlet, self._failure)
+
+    def _close(self) -> None:
+        for call in self._calls:
+            call.leave()
+        self._outlet = None
+        self._held.clear()
+        left = not self._finished
+        status = CLIENT_LEFT if left else self._status
+        label, metrics = self._label, self._metrics
+        metrics.requests.labels(label, self._route, str(status)).inc()
+        metrics.duration.labels(label, self._route).observe(time.perf_counter() - self._arrived)
+        for end in self._ends.values():
+            metrics.tokens.labels(label, "prompt").inc(end.usage.prompt)
+            metrics.tokens.labels(label, "cached").inc(end.usage.cached)
+            metrics.tokens.labels(label, "completion").inc(end.usage.completion)
+            if isinstance(end, End):
+                metrics.queue_time.labels(label).observe(end.timings.queue_ms / 1000)

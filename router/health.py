@@ -1,0 +1,33 @@
+"""Probes and metrics: whether the process lives, whether it can serve, and what it has done."""
+
+from litestar import Response, get
+from litestar.handlers import HTTPRouteHandler
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from router.dispatch import Dispatcher
+from router.metrics import Metrics
+from shared.errors import Unavailable
+
+__all__ = ("health_routes",)
+
+
+def health_routes(dispatcher: Dispatcher, metrics: Metrics) -> list[HTTPRouteHandler]:
+    """Routes for `/livez`, `/readyz` and `/metrics`."""
+
+    @get("/livez", sync_to_thread=False)
+    def livez() -> Response[bytes]:
+        return Response(content=b'{"status":"alive"}', media_type="application/json")
+
+    @get("/readyz", sync_to_thread=False)
+    def readyz() -> Response[bytes]:
+        if not dispatcher.bus.connected:
+            raise Unavailable("NATS is away.", retry_after=2)
+        if dispatcher.draining:
+            raise Unavailable("This router is shutting down.", retry_after=2)
+        return Response(content=b'{"status":"ready"}', media_type="application/json")
+
+    @get("/metrics", sync_to_thread=False)
+    def prometheus() -> Response[bytes]:
+        return Response(content=metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    return [livez, readyz, prometheus]

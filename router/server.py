@@ -1,0 +1,156 @@
+"""Running the router: the bus, the socket, uvicorn, and an orderly end.
+
+Order of the end: no new connections, open answers finish within the grace, then the bus closes.
+A second signal ends the waiting.
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Generator
+from typing import Any
+
+import structlog
+import uvicorn
+import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from router.app import create_app
+from router.dispatch import Dispatcher
+from router.exchange import ABORT
+from router.settings import Settings
+from shared.bus import Bus
+
+__all__ = ("StartFailed", "run", "serve")
+
+log = structlog.get_logger(__name__)
+
+BACKLOG = 4096
+KEEP_ALIVE = 75
+"""Seconds; longer than load balancers keep theirs, so that they never meet a connection closing."""
+
+
+class StartFailed(Exception):
+    """The router cannot start; the message is one line for a person."""
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's protocol, which also lets an answer cut its connection."""
+
+    def on_message_begin(self) -> None:
+        """Begin a request."""
+        super().on_message_begin()
+        self.scope[ABORT] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server with our signals: they end the serving, not the process."""
+
+    def __init__(self, config: uvicorn.Config, dispatcher: Dispatcher) -> None:
+        super().__init__(config)
+        self._dispatcher = dispatcher
+
+    def end(self) -> None:
+        """Begin the orderly end; at the second call, end at once."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+        self._dispatcher.draining = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Listen for the signals while serving."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        for number in signals:
+            loop.add_signal_handler(number, self.end)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+
+def run(settings: Settings) -> int:
+    """Serve until told to stop; returns the exit code."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(serve(settings))
+
+
+async def serve(settings: Settings) -> int:
+    """Serve on a running loop.
+
+    Raises:
+        BusUnavailable: NATS cannot be reached.
+        StartFailed: the address cannot be had.
+    """
+    listener = _listen(settings.host, settings.port)
+    dispatchers: list[Dispatcher] = []
+
+    def on_state(connected: bool) -> None:
+        for dispatcher in dispatchers:
+            dispatcher.on_connection(connected)
+
+    with listener:
+        async with Bus.connect(
+            settings.nats, identity=settings.name, kind="router", on_state=on_state
+        ) as bus:
+            dispatcher = Dispatcher(bus, settings)
+            dispatchers.append(dispatcher)
+            async with dispatcher.running():
+                return await _serve_http(dispatcher, settings, listener)
+
+
+async def _serve_http(dispatcher: Dispatcher, settings: Settings, listener: socket.socket) -> int:
+    app: Any = create_app(dispatcher, settings)
+    server = Server(
+        uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=max(1, round(settings.grace)),
+        ),
+        dispatcher,
+    )
+
+    async def end_with_bus() -> None:
+        await dispatcher.bus.closed.wait()
+        log.error("router.bus_closed")
+        server.end()
+
+    watch = asyncio.create_task(end_with_bus())
+    host, port = listener.getsockname()[:2]
+    log.info("router.serving", url=f"http://{host}:{port}/v1", name=settings.name)
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        watch.cancel()
+        # Answers that outlived the grace were cancelled: let them tell their workers.
+        await asyncio.sleep(0)
+    return 1 if dispatcher.bus.closed.is_set() else 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except (OSError, UnicodeError, OverflowError) as error:
+        raise StartFailed(f"cannot listen on {host}: {error}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise StartFailed(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return listener
