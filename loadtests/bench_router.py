@@ -189,7 +189,7 @@ async def _token_workers(stack: Stack, bench: Bench, **options: object) -> None:
     arguments = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
     for number in range(1, TOKEN_WORKERS + 1):
         await stack.token_worker(f"worker-{number}", f"--model={bench.model}", *arguments)
-    await stack.wait_model("router-1", bench.model, "worker-1")
+    await stack.wait_model("router-1", "worker-1", bench.model)
     await asyncio.sleep(1.0)
 
 

@@ -76,8 +76,8 @@ async def served(port: int) -> set[str]:
     return {entry["id"] for entry in listing["data"]}
 
 
-async def wait_ready(port: int, model: str = "", *, timeout: float = 60.0) -> None:
-    """Wait until the router is ready and, where a model is named, lists it.
+async def wait_ready(port: int, model: str | None = None, *, timeout: float = 60.0) -> None:
+    """Wait until the router is ready and lists `model`; empty: any; None: it may list none.
 
     Raises:
         TimeoutError: it was not in time.
@@ -88,9 +88,13 @@ async def wait_ready(port: int, model: str = "", *, timeout: float = 60.0) -> No
                 status, _ = await get(port, "/readyz")
             except OSError:
                 status = 0
-            if status == 200 and (not model or model in await served(port)):
+            if status == 200 and (model is None or _lists(await served(port), model)):
                 return
             await asyncio.sleep(0.05)
+
+
+def _lists(names: set[str], model: str) -> bool:
+    return model in names if model else bool(names)
 
 
 class Stack:
@@ -156,9 +160,14 @@ class Stack:
         return port
 
     async def worker(self, name: str, models: Path, *arguments: str) -> None:
-        """Start a worker with an engine; it serves some time later (see `wait_ready`)."""
-        command = self._program("worker.cli", "--models", str(models), "--name", name)
-        await self._start(name, [*command, *arguments])
+        """Start a worker with an engine for a file, or for all files of a folder.
+
+        It serves some time later: see `wait_model`.
+        """
+        where = ["--models", str(models)]
+        if models.is_file():
+            where = ["--models", str(models.parent), "--model", str(models)]
+        await self._start(name, self._program("worker.cli", *where, "--name", name, *arguments))
 
     async def token_worker(self, name: str, *arguments: str) -> None:
         """Start a worker that only emits tokens."""
@@ -169,9 +178,17 @@ class Stack:
         """End one part."""
         await self.children.pop(name).stop(grace)
 
-    async def wait_model(self, router: str, model: str, worker: str, timeout: float = 90.0) -> None:
-        """Wait until `router` lists `model`; fails early where `worker` ends instead of serving."""
-        await self._until_up(worker, wait_ready(self.ports[router], model, timeout=timeout))
+    async def wait_model(
+        self, router: str, worker: str, model: str = "", timeout: float = 90.0
+    ) -> str:
+        """Wait until `router` lists `model` (or, unnamed, any) and return its name.
+
+        Raises:
+            StackFailed: `worker` ended instead of serving, or was not ready in time.
+        """
+        port = self.ports[router]
+        await self._until_up(worker, wait_ready(port, model, timeout=timeout))
+        return model or sorted(await served(port))[0]
 
     def _program(self, module: str, *arguments: str) -> list[str]:
         return [sys.executable, "-c", MAIN.format(module=module), *arguments]
