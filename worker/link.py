@@ -1,0 +1,164 @@
+"""The link between the agent and one engine process: a Unix socket with length-prefixed msgpack.
+
+The agent starts `python -m worker.engine` with one end of a socketpair as a file descriptor and the
+encoded `EngineConfig` as its first message. All that one engine step emits arrives as one `Step`,
+with the frames for each router already encoded, so that the agent only relays bytes.
+"""
+
+import struct
+from typing import Any
+
+import msgspec
+
+__all__ = (
+    "LENGTH",
+    "CancelAttempts",
+    "EngineConfig",
+    "EngineStats",
+    "Failed",
+    "FromEngine",
+    "Loading",
+    "Mail",
+    "Ready",
+    "Step",
+    "Stop",
+    "Submit",
+    "ToEngine",
+    "decode_from_engine",
+    "decode_to_engine",
+    "pack",
+)
+
+LENGTH = struct.Struct("<I")
+"""Prefix of every message: its length in bytes."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, tag="config"):
+    """Everything an engine process needs to load and serve one model."""
+
+    path: str
+    model: str
+    worker: str
+    slots: int = 16
+    context: int = 0
+    """Tokens one sequence may use; 0: what the model was trained with, at most 8192."""
+    threads: int = 0
+    """Threads for decode; 0: the cores this process may use, one left to the rest if it can be."""
+    prefill_threads: int = 0
+    """0: as `threads`."""
+    gpu_layers: int = 0
+    step_tokens: int = 512
+    """Most tokens in one decode call."""
+    kv_tokens: int = 0
+    """Cells of the KV cache, all sequences together; 0: slots x context, at most what
+    `memory_limit` leaves."""
+    memory_limit: int = 0
+    """Bytes; 0: none."""
+    chat_template: str = ""
+    """Overrides the model's own Jinja template."""
+    embeddings: bool = True
+
+
+class Submit(msgspec.Struct, frozen=True, array_like=True, tag="s"):
+    """A request as it came off the wire; frames go to `reply`."""
+
+    reply: str
+    request: bytes
+    received: float
+    """time.time() at arrival, from which queue time is counted."""
+
+
+class CancelAttempts(msgspec.Struct, frozen=True, array_like=True, tag="c"):
+    """Free the slots of these attempts at the end of the running step."""
+
+    attempts: tuple[int, ...]
+
+
+class Stop(msgspec.Struct, frozen=True, array_like=True, tag="x"):
+    """End the process; what runs is abandoned (the agent drains before)."""
+
+
+ToEngine = EngineConfig | Submit | CancelAttempts | Stop
+
+
+class Loading(msgspec.Struct, frozen=True, array_like=True, tag="l"):
+    """Progress of the load, 0 to 1."""
+
+    progress: float
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag="r"):
+    """The model has generated a real token. `context` and `slots` are what was really set up."""
+
+    context: int
+    slots: int
+    threads: int
+    description: str = ""
+    load_seconds: float = 0.0
+    embeddings: bool = True
+    advice: str = ""
+
+
+class Mail(msgspec.Struct, frozen=True, array_like=True):
+    """Encoded frames for one router, to be published on `reply`."""
+
+    reply: str
+    frames: bytes
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+    """Load after a step. Counters are cumulative since the start of the process."""
+
+    running: int
+    waiting: int
+    kv_used: float
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    steps: int = 0
+    preemptions: int = 0
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True, tag="t"):
+    """What one step emitted, and the attempts that are over (their slots are free)."""
+
+    mail: tuple[Mail, ...]
+    ended: tuple[int, ...]
+    stats: EngineStats
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag="f"):
+    """The model cannot be served; one clear line. The process exits after it."""
+
+    message: str
+
+
+FromEngine = Loading | Ready | Step | Failed
+
+_to_engine = msgspec.msgpack.Decoder(Submit | CancelAttempts | Stop)
+_config = msgspec.msgpack.Decoder(EngineConfig)
+_from_engine = msgspec.msgpack.Decoder(Loading | Ready | Step | Failed)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def pack(message: Any) -> bytes:
+    """Encode a message with its length before it."""
+    data = _encoder.encode(message)
+    return LENGTH.pack(len(data)) + data
+
+
+def decode_config(data: bytes) -> EngineConfig:
+    """Decode the first message an engine gets; raises msgspec.DecodeError."""
+    return _config.decode(data)
+
+
+def decode_to_engine(data: bytes) -> Submit | CancelAttempts | Stop:
+    """Decode one message from the agent, without its length; raises msgspec.DecodeError."""
+    return _to_engine.decode(data)
+
+
+def decode_from_engine(data: bytes) -> FromEngine:
+    """Decode one message from an engine, without its length; raises msgspec.DecodeError."""
+    return _from_engine.decode(data)
