@@ -316,8 +316,11 @@ class Bus:
 
 
 def _header_size(headers: dict[str, str]) -> int:
-    """Bytes of the header block as the server counts them (at least)."""
-    return 14 + sum(len(key.encode()) + len(value.encode()) + 4 for key, value in headers.items())
+    """Bytes of the header block, which the server counts as payload."""
+    frame = len("NATS/1.0\r\n") + len("\r\n")
+    return frame + sum(
+        len(key.encode()) + len(value.encode()) + 4 for key, value in headers.items()
+    )
 
 
 def _check_names(subject: str, other: str) -> None:
