@@ -33,7 +33,7 @@ class Abilities(msgspec.Struct, frozen=True):
     text_arguments: bool
     """It wants a call's arguments as JSON text, not as an object."""
     nine_letter_ids: bool
-    """It refuses ids of calls other than nine letters and digits, as Mistral's do."""
+    """It refuses ids of calls that are not, or not at least, nine letters and digits (Mistral)."""
 
 
 def call_turn(call_id: str, name: str, arguments: dict[str, Any] | str) -> Turn:

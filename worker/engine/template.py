@@ -6,6 +6,7 @@ tried once with a small conversation, and what it does not know is put into word
 """
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -19,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from shared.errors import InvalidRequest
 from shared.protocol import ChatInput
 from worker.engine.conversation import Abilities, Turn, adapt, call_turn, openai_tools, openai_turns
+from worker.engine.tools.families import ToolFamily, detect_family
 
 __all__ = ("FALLBACK_TEMPLATE", "MAX_OUTPUT", "ChatTemplate")
 
@@ -33,6 +35,7 @@ FALLBACK_TEMPLATE = (
 )
 """ChatML, for a model that brings no template."""
 
+_NINE = re.compile(r"length\s*(!=|==|<)\s*9\b")
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
 
 
@@ -116,6 +119,8 @@ class ChatTemplate:
             raise ValueError(f"chat template, line {error.lineno}: {error.message}") from error
         self._special = {"bos_token": bos, "eos_token": eos}
         self.abilities = self._try_out(source)
+        self.family: ToolFamily = detect_family(source) if self.abilities.tools else "hermes"
+        """The form of tool calls that the rendered prompt leads the model to."""
 
     def render(self, chat: ChatInput) -> str:
         """Render a conversation, up to where the model's answer begins.
@@ -206,5 +211,5 @@ class ChatTemplate:
             tools=shows_tools,
             calls=shows_tools and (as_object or as_text),
             text_arguments=as_text and not as_object,
-            nine_letter_ids="length != 9" in source or "length == 9" in source,
+            nine_letter_ids=_NINE.search(source) is not None,
         )
