@@ -39,7 +39,7 @@ app = App(
     name="mesh",
     version=__version__,
     help="Many hosts with llama.cpp, one OpenAI endpoint.",
-    help_format="plaintext",
+    help_format="markdown",
     config=Env("MESH_", command=False),
 )
 app.meta.group_parameters = app.group_parameters
@@ -212,7 +212,7 @@ def nats_config(
 @app.meta.default
 def launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    config: Annotated[Path | None, Parameter(env_var="MESH_CONFIG")] = None,
+    config: Path | None = None,
 ) -> None:
     """Read the settings and run the command.
 

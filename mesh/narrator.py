@@ -83,7 +83,8 @@ class Narrator:
 
     def quiet(self) -> None:
         """No more progress bars: all is loaded, or the system ends."""
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
         for task in self._bars.values():
             self._progress.remove_task(task)
         self._bars.clear()
