@@ -63,7 +63,10 @@ class ReasoningParser:
             yield from reader.space()
         else:
             reader.rewind()
-        yield from reader.rest(self._content.append)
+        yield from reader.rest(self._answer)
+
+    def _answer(self, text: str) -> None:
+        self._content.append(text)
 
     def _think(self, text: str) -> None:
         text = self._space + text
