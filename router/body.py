@@ -1,6 +1,5 @@
 """Reading a request's body within a limit."""
 
-from collections.abc import MutableMapping
 from typing import Any
 
 from router.problems import UnsupportedMediaType
@@ -9,7 +8,7 @@ from shared.errors import InvalidRequest, PayloadTooLarge
 __all__ = ("read_json_body",)
 
 
-async def read_json_body(scope: MutableMapping[str, Any], receive: Any, limit: int) -> bytes:
+async def read_json_body(scope: Any, receive: Any, limit: int) -> bytes:
     """Read the whole body.
 
     Raises:

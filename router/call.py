@@ -120,7 +120,7 @@ class Orphan:
         """Nobody got it."""
         self._desk.inbox.forget(self.attempt, self)
 
-    def tick(self, now: float, wall: float) -> None:  # noqa: ARG002
+    def tick(self, now: float, wall: float) -> None:
         """Give up after a while."""
         if now > self._until:
             self._desk.inbox.forget(self.attempt, self)
@@ -150,9 +150,9 @@ class Call:
         "_part",
         "_refused",
         "_request",
-        "_sink",
         "_seen",
         "_seen_at",
+        "_sink",
         "_suspect",
         "_target",
         "over",

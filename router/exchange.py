@@ -1,12 +1,12 @@
 """One HTTP answer: the frames of its calls in, bytes out, from the first to the last.
 
-An ASGI application of its own, which Litestar merely starts. All is written from the callbacks that
-frames arrive in; the request's task only waits for the client to leave. The HTTP status is held back
-until a frame decides it, so that a request that fails before its first token gets a real status.
+An ASGI application of its own, which Litestar merely starts. All is written from the callbacks
+that frames arrive in; the request's task only waits for the client to leave. The HTTP status is
+held back until a frame decides it, so that a request that fails before its first token gets a real
+status.
 """
 
 import time
-from collections.abc import MutableMapping
 from typing import Any
 
 import structlog
@@ -82,7 +82,7 @@ class Exchange:
         self._last_write = time.monotonic()
         self._abort: Any = None
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer, as an ASGI application."""
         self._arrived = scope.get(STARTED, self._arrived)
         self._abort = scope.get(ABORT)

@@ -2,16 +2,13 @@
 
 import secrets
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 from router.exchange import RAW_SEND, REQUEST_ID, STARTED
 from router.metrics import UNKNOWN, Metrics
 
 __all__ = ("Front", "request_id")
-
-Scope = MutableMapping[str, Any]
-ASGIApp = Callable[[Scope, Any, Any], Any]
 
 LONGEST_ID = 128
 _NAME = b"x-request-id"
@@ -30,11 +27,11 @@ def request_id(headers: list[tuple[bytes, bytes]]) -> str:
 class Front:
     """Wraps the application."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: Any, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
 
-    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one connection, as an ASGI application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)

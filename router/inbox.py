@@ -95,7 +95,7 @@ class Inbox:
         return f"{self._prefix}{slot}"
 
     def forget(self, attempt: int, receiver: Receiver) -> None:
-        """Expect nothing more of an attempt, if it is this receiver's; what still comes is dropped."""
+        """Drop what still comes of an attempt, if it is this receiver's."""
         if self._receivers.get(attempt) is receiver:
             del self._receivers[attempt]
             slot = self._slot_of.pop(attempt)

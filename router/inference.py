@@ -3,7 +3,6 @@
 import math
 import secrets
 import time
-from collections.abc import MutableMapping
 from typing import Any
 
 from litestar import Request, post
@@ -57,7 +56,7 @@ def inference_routes(
     return [chat]
 
 
-def _origin(scope: MutableMapping[str, Any], settings: Settings) -> dict[str, Any]:
+def _origin(scope: Any, settings: Settings) -> dict[str, Any]:
     """What a request has beside its body: its id, a fresh attempt, its deadline, its trace."""
     timeout = settings.request_timeout
     traceparent = ""

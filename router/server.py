@@ -41,7 +41,8 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin a request."""
         super().on_message_begin()
-        self.scope[ABORT] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+        scope: Any = self.scope
+        scope[ABORT] = self.transport.abort
 
 
 class Server(uvicorn.Server):

@@ -1,1 +1,1 @@
-"""One module a dialect: each turns its JSON into the internal request and frames into its answer."""
+"""One module a dialect: its JSON into the internal request, and frames into its answer."""

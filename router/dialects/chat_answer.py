@@ -53,7 +53,7 @@ class ChatStream:
         ]
         self._held = b""
 
-    def delta(self, part: int, frame: Delta) -> bytes:  # noqa: ARG002
+    def delta(self, part: int, frame: Delta) -> bytes:
         """Render new tokens; nothing if they hold no text yet."""
         choice = frame.choice
         if frame.logprobs or frame.tools or frame.reasoning:
@@ -67,7 +67,7 @@ class ChatStream:
             self._roles[choice] = b""
         return rendered
 
-    def done(self, part: int, frame: Done) -> bytes:  # noqa: ARG002
+    def done(self, part: int, frame: Done) -> bytes:
         """Render the end of a choice, held back by one so that the last can carry the timings."""
         role, self._roles[frame.choice] = self._roles[frame.choice], b""
         ready, self._held = self._held, self._chunk(frame.choice, {}, reason=frame.reason)
@@ -126,7 +126,7 @@ class ChatAnswer:
         self._logprobs = logprobs
         self._choices = [_Choice() for _ in range(n)]
 
-    def delta(self, part: int, frame: Delta) -> bytes:  # noqa: ARG002
+    def delta(self, part: int, frame: Delta) -> bytes:
         """Keep new tokens."""
         choice = self._choices[frame.choice]
         choice.text.append(frame.text)
@@ -135,7 +135,7 @@ class ChatAnswer:
         choice.tools.extend(frame.tools)
         return b""
 
-    def done(self, part: int, frame: Done) -> bytes:  # noqa: ARG002
+    def done(self, part: int, frame: Done) -> bytes:
         """Keep why a choice ended."""
         self._choices[frame.choice].reason = frame.reason
         return b""
