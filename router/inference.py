@@ -3,7 +3,7 @@
 import math
 import secrets
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from litestar import Request, post
 from litestar.handlers import HTTPRouteHandler
@@ -12,15 +12,30 @@ from litestar.types import ASGIApp
 from router.body import read_json_body
 from router.dialects.chat import chat_to_generate, parse_chat
 from router.dialects.chat_answer import ChatAnswer, ChatStream
+from router.dialects.completions import (
+    completion_to_generates,
+    parse_completion,
+    prompts_of,
+)
+from router.dialects.completions_answer import CompletionAnswer, CompletionStream
+from router.dialects.embeddings import EmbeddingAnswer, embedding_to_embed, parse_embedding
 from router.dispatch import Dispatcher
 from router.exchange import REQUEST_ID, Exchange
 from router.metrics import Metrics
 from router.settings import Settings
 from shared.errors import InvalidRequest, Unavailable
+from shared.protocol import TextInput
 
 __all__ = ("inference_routes",)
 
 LONGEST_TIMEOUT = 86_400.0
+
+
+class Origin(NamedTuple):
+    """A request as it came: its body, and the fields that every internal request has."""
+
+    body: bytes
+    fields: dict[str, Any]
 
 
 def inference_routes(
@@ -30,9 +45,9 @@ def inference_routes(
 
     @post("/v1/chat/completions", status_code=200)
     async def chat(request: Request[Any, Any, Any]) -> ASGIApp:
-        body = await _admit(request)
-        wanted = parse_chat(body)
-        generate = chat_to_generate(wanted, **_origin(request.scope, settings))
+        origin = await admit(request)
+        wanted = parse_chat(origin.body)
+        generate = chat_to_generate(wanted, attempt=_attempt(), **origin.fields)
         n = generate.n
         include_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
         return Exchange(
@@ -48,16 +63,57 @@ def inference_routes(
             route="/v1/chat/completions",
         )
 
-    async def _admit(request: Request[Any, Any, Any]) -> bytes:
+    @post("/v1/completions", status_code=200)
+    async def completions(request: Request[Any, Any, Any]) -> ASGIApp:
+        origin = await admit(request)
+        wanted = parse_completion(origin.body)
+        prompts = prompts_of(wanted)
+        generates = completion_to_generates(wanted, [_attempt() for _ in prompts], **origin.fields)
+        echoes = [p.text if wanted.echo and isinstance(p, TextInput) else "" for p in prompts]
+        n = generates[0].n
+        include_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
+        return Exchange(
+            dispatcher,
+            metrics,
+            requests=list(generates),
+            answer=(
+                CompletionStream(wanted.model, n, echoes, include_usage=include_usage)
+                if wanted.stream
+                else CompletionAnswer(wanted.model, n, echoes, logprobs=wanted.logprobs is not None)
+            ),
+            stream=bool(wanted.stream),
+            route="/v1/completions",
+        )
+
+    @post("/v1/embeddings", status_code=200)
+    async def embeddings(request: Request[Any, Any, Any]) -> ASGIApp:
+        origin = await admit(request)
+        wanted = parse_embedding(origin.body)
+        return Exchange(
+            dispatcher,
+            metrics,
+            requests=[embedding_to_embed(wanted, _attempt(), **origin.fields)],
+            answer=EmbeddingAnswer(wanted.model, as_base64=wanted.encoding_format == "base64"),
+            stream=False,
+            route="/v1/embeddings",
+        )
+
+    async def admit(request: Request[Any, Any, Any]) -> Origin:
         if not dispatcher.bus.connected:
             raise Unavailable("The mesh is not reachable now: NATS is away.", retry_after=2)
-        return await read_json_body(request.scope, request.receive, settings.max_body)
+        fields = _origin(request.scope, settings)
+        body = await read_json_body(request.scope, request.receive, settings.max_body)
+        return Origin(body, fields)
 
-    return [chat]
+    return [chat, completions, embeddings]
+
+
+def _attempt() -> int:
+    return secrets.randbits(63)
 
 
 def _origin(scope: Any, settings: Settings) -> dict[str, Any]:
-    """What a request has beside its body: its id, a fresh attempt, its deadline, its trace."""
+    """What a request has beside its body: its id, its deadline, its trace."""
     timeout = settings.request_timeout
     traceparent = ""
     for name, value in scope["headers"]:
@@ -67,7 +123,6 @@ def _origin(scope: Any, settings: Settings) -> dict[str, Any]:
             traceparent = value.decode("latin-1")
     return {
         "id": scope[REQUEST_ID],
-        "attempt": secrets.randbits(63),
         "deadline": time.time() + timeout,
         "traceparent": traceparent,
     }

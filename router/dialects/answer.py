@@ -13,6 +13,7 @@ from shared.protocol import Delta, Done, EmbedResult, End, Timings, ToolDelta, U
 
 __all__ = (
     "DONE",
+    "LOWEST",
     "PING",
     "Answer",
     "Completed",
@@ -30,6 +31,8 @@ encode = msgspec.json.Encoder().encode
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
+LOWEST = -9999.0
+"""OpenAI's stand-in for the logarithm of zero, which JSON cannot hold."""
 
 Completed = End | EmbedResult
 

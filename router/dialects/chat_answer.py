@@ -9,6 +9,7 @@ from typing import Any
 
 from router.dialects.answer import (
     DONE,
+    LOWEST,
     Completed,
     add_timings,
     add_usage,
@@ -22,9 +23,6 @@ from router.dialects.answer import (
 from shared.protocol import Delta, Done, TokenLogprob, ToolDelta
 
 __all__ = ("ChatAnswer", "ChatStream")
-
-LOWEST = -9999.0
-"""OpenAI's stand-in for the logarithm of zero, which JSON cannot hold."""
 
 
 class ChatStream:

@@ -1,0 +1,164 @@
+"""`/v1/completions`: frames as chunks of a stream, or as one whole answer.
+
+The choice `j` of prompt `i` has the index `i * n + j`.
+"""
+
+import secrets
+from typing import Any
+
+from router.dialects.answer import (
+    DONE,
+    LOWEST,
+    Completed,
+    add_timings,
+    add_usage,
+    encode,
+    event,
+    now,
+    timings_object,
+    usage_object,
+)
+from shared.protocol import Delta, Done, TokenLogprob
+
+__all__ = ("CompletionAnswer", "CompletionStream")
+
+
+class CompletionStream:
+    """Renders `text_completion` events."""
+
+    def __init__(self, model: str, n: int, prompts: list[str], *, include_usage: bool) -> None:
+        """`prompts` are the texts to echo, empty where there is nothing to echo."""
+        self._common: dict[str, Any] = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": now(),
+            "model": model,
+        }
+        self._n = n
+        self._include_usage = include_usage
+        start = encode(self._common)[:-1]
+        choices = range(n * len(prompts))
+        self._before = [
+            b'data: %b,"choices":[{"index":%d,"text":' % (start, choice) for choice in choices
+        ]
+        self._after = b',"logprobs":null,"finish_reason":null}]%b}\n\n' % (
+            b',"usage":null' if include_usage else b""
+        )
+        self._echoes = [prompts[choice // n] for choice in choices]
+        self._offsets = [len(echo) for echo in self._echoes]
+        self._held = b""
+
+    def delta(self, part: int, frame: Delta) -> bytes:
+        """Render new tokens; nothing if they hold no text yet."""
+        choice = part * self._n + frame.choice
+        text = frame.reasoning + frame.text
+        if echo := self._echoes[choice]:
+            text = echo + text
+            self._echoes[choice] = ""
+        if frame.logprobs:
+            logprobs = logprobs_object(frame.logprobs, self._offsets[choice])
+            self._offsets[choice] += sum(len(entry.text) for entry in frame.logprobs)
+            return self._chunk(choice, text, logprobs=logprobs)
+        return self._before[choice] + encode(text) + self._after if text else b""
+
+    def done(self, part: int, frame: Done) -> bytes:
+        """Render the end of a choice, held back by one so that the last can carry the timings."""
+        choice = part * self._n + frame.choice
+        echo, self._echoes[choice] = self._echoes[choice], ""
+        ready, self._held = self._held, self._chunk(choice, echo, reason=frame.reason)
+        return ready
+
+    def finish(self, ends: list[Completed]) -> bytes:
+        """Render the last finish reason with timings, the usage if asked for, and `[DONE]`."""
+        usage = add_usage(ends)
+        timings = b',"timings":%b}\n\n' % encode(timings_object(add_timings(ends), usage))
+        if not self._include_usage:
+            return self._held[: -len(b"}\n\n")] + timings + DONE
+        last = event(self._common | {"choices": [], "usage": usage_object(usage)})
+        return self._held + last[: -len(b"}\n\n")] + timings + DONE
+
+    def _chunk(
+        self,
+        choice: int,
+        text: str,
+        *,
+        reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> bytes:
+        value = self._common | {
+            "choices": [
+                {"index": choice, "text": text, "logprobs": logprobs, "finish_reason": reason}
+            ]
+        }
+        return event(value | {"usage": None} if self._include_usage else value)
+
+
+class CompletionAnswer:
+    """Collects frames and renders one `text_completion`."""
+
+    def __init__(self, model: str, n: int, prompts: list[str], *, logprobs: bool) -> None:
+        self._model = model
+        self._n = n
+        self._logprobs = logprobs
+        count = n * len(prompts)
+        self._echoes = [prompts[choice // n] for choice in range(count)]
+        self._texts: list[list[str]] = [[echo] for echo in self._echoes]
+        self._entries: list[list[TokenLogprob]] = [[] for _ in range(count)]
+        self._reasons = ["stop"] * count
+
+    def delta(self, part: int, frame: Delta) -> bytes:
+        """Keep new tokens."""
+        choice = part * self._n + frame.choice
+        self._texts[choice].append(frame.reasoning + frame.text)
+        self._entries[choice].extend(frame.logprobs)
+        return b""
+
+    def done(self, part: int, frame: Done) -> bytes:
+        """Keep why a choice ended."""
+        self._reasons[part * self._n + frame.choice] = frame.reason
+        return b""
+
+    def finish(self, ends: list[Completed]) -> bytes:
+        """Render the answer."""
+        usage = add_usage(ends)
+        return encode(
+            {
+                "id": f"cmpl-{secrets.token_hex(12)}",
+                "object": "text_completion",
+                "created": now(),
+                "model": self._model,
+                "choices": [
+                    {
+                        "index": index,
+                        "text": "".join(text),
+                        "logprobs": (
+                            logprobs_object(self._entries[index], len(self._echoes[index]))
+                            if self._logprobs
+                            else None
+                        ),
+                        "finish_reason": self._reasons[index],
+                    }
+                    for index, text in enumerate(self._texts)
+                ],
+                "usage": usage_object(usage),
+                "timings": timings_object(add_timings(ends), usage),
+            }
+        )
+
+
+def logprobs_object(
+    entries: list[TokenLogprob] | tuple[TokenLogprob, ...], offset: int
+) -> dict[str, Any]:
+    """The older logprobs: parallel arrays, with each token's place in the text."""
+    offsets = []
+    for entry in entries:
+        offsets.append(offset)
+        offset += len(entry.text)
+    return {
+        "tokens": [entry.text for entry in entries],
+        "token_logprobs": [max(LOWEST, entry.logprob) for entry in entries],
+        "top_logprobs": [
+            {top.text: max(LOWEST, top.logprob) for top in entry.top} for entry in entries
+        ],
+        "text_offset": offsets,
+    }
