@@ -177,6 +177,16 @@ def _secret(password: str) -> str:
     return password if _ENVIRONMENT.fullmatch(password) else quote(password)
 
 
+def _allow(verb: str, listed: tuple[str, ...]) -> list[str]:
+    return [
+        f"        {verb}: {{",
+        "          allow: [",
+        *(f"            {quote(subject)}" for subject in listed),
+        "          ]",
+        "        }",
+    ]
+
+
 def _user(identity: Identity) -> list[str]:
     grant = permissions(identity)
     lines = [
@@ -185,8 +195,8 @@ def _user(identity: Identity) -> list[str]:
         f"      user: {quote(subjects.valid_identity(identity.name))}",
         f"      password: {_secret(identity.password)}",
         "      permissions: {",
-        f"        subscribe: {{ allow: [{', '.join(map(quote, grant.subscribe))}] }}",
-        f"        publish: {{ allow: [{', '.join(map(quote, grant.publish))}] }}",
+        *_allow("subscribe", grant.subscribe),
+        *_allow("publish", grant.publish),
     ]
     if grant.responses:
         lines += [
