@@ -35,7 +35,14 @@ from worker.link import (
     pack,
 )
 
-__all__ = ("ENGINE_COMMAND", "Backoff", "EngineEvents", "EngineGaveUp", "EngineProcess")
+__all__ = (
+    "ENGINE_COMMAND",
+    "Backoff",
+    "EngineEvents",
+    "EngineGaveUp",
+    "EngineProcess",
+    "last_words",
+)
 
 ENGINE_COMMAND = (sys.executable, "-m", "worker.engine")
 
@@ -209,7 +216,7 @@ class EngineProcess:
             with suppress(TimeoutError):
                 async with asyncio.timeout(DEATH_NOTICE_SECONDS):
                     await process.wait()
-            reason = link.refusal or link.fault or _last_words(process.returncode, words)
+            reason = link.refusal or link.fault or last_words(process.returncode, words)
             self._events.on_lost(reason)
             return reason, bool(link.refusal)
         finally:
@@ -247,7 +254,7 @@ class EngineProcess:
             self._was_ready = True
             self._events.on_ready(message)
         else:
-            self._log.error("engine.refused", reason=message.message)
+            self._log.debug("engine.refused", reason=message.message)
 
     async def _listen(self, process: asyncio.subprocess.Process, words: deque[str]) -> None:
         """Log what the child prints, line by line, however long a line is."""
@@ -343,7 +350,7 @@ async def _reap(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-def _last_words(code: int | None, words: Sequence[str]) -> str:
+def last_words(code: int | None, words: Sequence[str]) -> str:
     """One line on how a child ended: its exit, and the line of its output that tells most."""
     if code is None:
         how = "the engine closed its connection"

@@ -72,6 +72,8 @@ _U32, _U64 = _SCALARS[4], _SCALARS[10]
 _KEPT_ARRAY = 4096
 """Arrays of numbers up to this length are kept (per-layer values); of others only the length is."""
 
+_MOST_LAYERS = 100_000
+
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -153,9 +155,11 @@ def read_header(path: Path) -> Header:
         value = values.get(f"{architecture}.{key}", default)
         if isinstance(value, tuple):
             value = max(value, default=default)
-        return int(value) if isinstance(value, int | float) else default
+        return value if isinstance(value, int) else default
 
     layers = number("block_count")
+    if not 0 <= layers <= _MOST_LAYERS:
+        raise GgufError(f"{path.name}: damaged: its header tells of {layers} layers")
     heads = number("attention.head_count")
     embedding = number("embedding_length")
     usual = embedding // heads if heads else 0

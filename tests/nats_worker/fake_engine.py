@@ -1,9 +1,9 @@
 """An engine process without a model: a real child that speaks `worker.link` and does as it is told.
 
 The prompt is the script: `tokens=5 every=0.01` emits five tokens; `hold` emits one and then nothing
-until it is cancelled; `abort` dies as GGML does; `exit` leaves without a word; `garbage` writes what
-is no message; `bulk=9000000` emits that many bytes in one step. The name of the model is one too:
-`refuse…` cannot be served, `crash…` dies while loading, `slow…` takes a second to load.
+until it is cancelled; `abort` dies as GGML does; `exit` leaves without a word; `garbage` writes
+what is no message; `bulk=9000000` emits that many bytes in one step. The name of the model is one
+too: `refuse…` cannot be served, `crash…` dies while loading, `slow…` takes a second to load.
 """
 
 import argparse
@@ -132,9 +132,11 @@ class Engine:
         if isinstance(message, Stop):
             sys.exit(0)
         if isinstance(message, CancelAttempts):
-            for attempt in message.attempts:
-                if self.running.pop(attempt, None) or self.waiting.pop(attempt, None):
-                    ended.append(attempt)
+            ended += [
+                attempt
+                for attempt in message.attempts
+                if self.running.pop(attempt, None) or self.waiting.pop(attempt, None)
+            ]
             return
         job = Job(message.reply, decode_request(message.request))
         self.waiting[job.request.attempt] = job
@@ -152,13 +154,12 @@ class Engine:
         now = time.monotonic()
         for attempt, job in list(self.running.items()):
             frames = self.emit(job, now)
-            if not frames:
-                continue
-            router = job.reply.rsplit(".", 1)[0]
-            mail.setdefault(router, (job.reply, []))[1].extend(frames)
-            if isinstance(frames[-1], End | Fail | EmbedResult):
-                ended.append(attempt)
-                del self.running[attempt]
+            if frames:
+                router = job.reply.rsplit(".", 1)[0]
+                mail.setdefault(router, (job.reply, []))[1].extend(frames)
+                if isinstance(frames[-1], End | Fail | EmbedResult):
+                    ended.append(attempt)
+                    del self.running[attempt]
         if mail or ended:
             letters = tuple(Mail(reply, encode(frames)) for reply, frames in mail.values())
             stats = EngineStats(
@@ -187,10 +188,11 @@ class Engine:
         if job.bulk:
             # As many frames as there are MiB, so that the whole has to be divided.
             part = 1 << 20 if "single" not in job.words else job.bulk
-            frames: list[Frame] = []
-            for start in range(0, job.bulk, part):
-                frames.append(Delta(attempt, 0, job.count, (1,), "x" * min(part, job.bulk - start)))
-                job.count += 1
+            sizes = [min(part, job.bulk - start) for start in range(0, job.bulk, part)]
+            frames: list[Frame] = [
+                Delta(attempt, 0, index, (1,), "x" * size) for index, size in enumerate(sizes)
+            ]
+            job.count = len(frames)
             job.hold = "single" in job.words
             return frames if job.hold else [*frames, *self.finish(job)]
         frames = [Delta(attempt, 0, job.count, (job.count,), f"t{job.count} ")]

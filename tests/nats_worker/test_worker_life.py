@@ -77,7 +77,8 @@ async def test_one_bad_model_does_not_keep_the_others_from_being_served(
     whole = write_gguf(folder / "whole.gguf").read_bytes()
     (folder / "cut.gguf").write_bytes(whole[:-100])
     (folder / "text.gguf").write_text("I am no model")
-    await start("tiny", "refused")
+    await start("tiny", "refused", ready=False)
+    await router.model("worker-1", lambda m: m.state == "ready")
     states = {}
     for name in ("cut", "text", "refused"):
         states[name] = await router.model("worker-1", lambda m: m.state == "failed", name=name)
@@ -90,7 +91,7 @@ async def test_one_bad_model_does_not_keep_the_others_from_being_served(
 
 async def test_an_engine_that_dies_at_each_start_is_given_up(start, router):
     running = await start("crash", ready=False)
-    with pytest.raises(AgentFailed, match="no model can be served: crash: .*GGML_ASSERT"):
+    with pytest.raises(AgentFailed, match=r"no model can be served: crash: .*GGML_ASSERT"):
         await running.task
 
 

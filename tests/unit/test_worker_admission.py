@@ -1,0 +1,212 @@
+"""The account of slots: exact whatever comes, in whatever order."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from worker.admission import (
+    SPENT_LIMIT,
+    SPENT_SECONDS,
+    Admission,
+    Admitted,
+    Dropped,
+    Refused,
+    Ticket,
+)
+
+
+def ticket(attempt: int, weight: int = 1, arrived: float = 0.0) -> Ticket:
+    return Ticket(attempt, "reply", weight, arrived)
+
+
+def test_slots_then_queue_then_refusal():
+    admission = Admission(slots=2, queue_limit=1)
+    assert [admission.offer(ticket(n), 0.0) for n in range(3)] == [
+        Admitted(0),
+        Admitted(0),
+        Admitted(1),
+    ]
+    assert isinstance(admission.offer(ticket(3), 0.0), Refused)
+    assert (admission.free, admission.queued, len(admission)) == (0, 1, 3)
+
+
+def test_a_release_lets_the_first_in_line_run():
+    admission = Admission(1, 2)
+    for n in range(3):
+        admission.offer(ticket(n), 0.0)
+    admission.release(0, 1.0)
+    assert admission.queued == 1
+    admission.release(2, 1.0)
+    assert (admission.free, admission.queued) == (0, 0)
+    admission.release(1, 1.0)
+    assert admission.free == 1
+
+
+def test_nobody_overtakes_a_wide_request_that_waits():
+    admission = Admission(4, 8)
+    admission.offer(ticket(1, 2), 0.0)
+    assert admission.offer(ticket(2, 4), 0.0) == Admitted(1)
+    assert admission.free == 0
+    assert admission.offer(ticket(3, 1), 0.0) == Admitted(2)
+
+
+def test_a_request_wider_than_the_model_takes_all_of_it():
+    admission = Admission(2, 8)
+    assert admission.offer(ticket(1, 8), 0.0) == Admitted(0)
+    assert admission.free == 0
+    admission.release(1, 0.0)
+    assert admission.free == 2
+
+
+def test_doubled_cancelled_and_late_attempts_are_dropped():
+    admission = Admission(2, 0)
+    admission.offer(ticket(1), 0.0)
+    assert admission.offer(ticket(1), 0.0) == Dropped("duplicate")
+    assert admission.cancel(2, 0.0) is None
+    assert admission.offer(ticket(2), 1.0) == Dropped("spent")
+    admission.release(1, 1.0)
+    assert admission.offer(ticket(1), 2.0) == Dropped("spent")
+
+
+def test_what_was_is_forgotten_in_time_and_in_number():
+    admission = Admission(1, 0)
+    admission.cancel(1, 0.0)
+    assert admission.offer(ticket(1), SPENT_SECONDS) == Admitted(0)
+    admission.cancel(2, 0.0)
+    for n in range(SPENT_LIMIT):
+        admission.cancel(100 + n, 0.0)
+    admission.release(1, 1.0)
+    assert admission.offer(ticket(2), 1.0) == Admitted(0)
+
+
+def test_a_cancelled_attempt_keeps_its_slot_until_the_engine_lets_go():
+    admission = Admission(1, 0)
+    admission.offer(ticket(1), 0.0)
+    assert admission.cancel(1, 0.0) == ticket(1)
+    assert admission.free == 0
+    admission.release(1, 0.0)
+    assert admission.free == 1
+
+
+def test_draining_refuses_but_remembers_nothing():
+    admission = Admission(1, 1)
+    admission.draining = True
+    verdict = admission.offer(ticket(1), 0.0)
+    assert isinstance(verdict, Refused)
+    assert verdict.reason == "draining"
+    admission.draining = False
+    assert admission.offer(ticket(1), 0.0) == Admitted(0)
+
+
+def test_the_guess_of_a_wait_follows_what_requests_took():
+    def guess(seconds: float) -> float:
+        admission = Admission(1, 0)
+        for n in range(50):
+            admission.offer(ticket(n, arrived=0.0), 0.0)
+            admission.release(n, seconds)
+        admission.offer(ticket(99), 0.0)
+        refused = admission.offer(ticket(100), 0.0)
+        assert isinstance(refused, Refused)
+        return refused.retry_after
+
+    assert 0.1 <= guess(0.0) < guess(5.0) < guess(20.0) <= guess(1e6) == 60.0
+
+
+@pytest.mark.parametrize(("slots", "queue"), [(0, 1), (1, -1)])
+def test_impossible_sizes_are_refused(slots: int, queue: int):
+    with pytest.raises(ValueError, match="at least"):
+        Admission(slots, queue)
+
+
+def test_the_size_changes_only_while_nothing_is_in():
+    admission = Admission(4, 1)
+    admission.resize(2)
+    assert admission.free == 2
+    admission.offer(ticket(1), 0.0)
+    with pytest.raises(ValueError, match="resize"):
+        admission.resize(4)
+
+
+class Account(RuleBasedStateMachine):
+    """Compares with a model that keeps nothing but lists."""
+
+    @initialize(slots=st.integers(1, 6), queue=st.integers(0, 5))
+    def set_up(self, slots: int, queue: int) -> None:
+        self.admission = Admission(slots, queue)
+        self.slots, self.queue = slots, queue
+        self.running: list[tuple[int, int]] = []
+        self.waiting: list[tuple[int, int]] = []
+        self.spent: set[int] = set()
+
+    def used(self) -> int:
+        return sum(weight for _, weight in self.running)
+
+    def promote(self) -> None:
+        while self.waiting and self.used() + self.waiting[0][1] <= self.slots:
+            self.running.append(self.waiting.pop(0))
+
+    @rule(attempt=st.integers(0, 12), weight=st.integers(1, 8))
+    def offer(self, attempt: int, weight: int) -> None:
+        known = [a for a, _ in self.running + self.waiting]
+        clamped = min(weight, self.slots)
+        verdict = self.admission.offer(ticket(attempt, weight), 0.0)
+        if attempt in known or attempt in self.spent:
+            assert isinstance(verdict, Dropped)
+        elif not self.waiting and self.used() + clamped <= self.slots:
+            assert verdict == Admitted(0)
+            self.running.append((attempt, clamped))
+        elif len(self.waiting) < self.queue:
+            self.waiting.append((attempt, clamped))
+            assert verdict == Admitted(len(self.waiting))
+        else:
+            assert isinstance(verdict, Refused)
+
+    @rule(attempt=st.integers(0, 12))
+    def release(self, attempt: int) -> None:
+        known = [a for a, _ in self.running + self.waiting]
+        released = self.admission.release(attempt, 0.0)
+        assert (released is not None) == (attempt in known)
+        if attempt in known:
+            self.running = [entry for entry in self.running if entry[0] != attempt]
+            self.waiting = [entry for entry in self.waiting if entry[0] != attempt]
+            self.spent.add(attempt)
+            self.promote()
+
+    @rule(attempt=st.integers(0, 12))
+    def cancel(self, attempt: int) -> None:
+        known = [a for a, _ in self.running + self.waiting]
+        assert (self.admission.cancel(attempt, 0.0) is not None) == (attempt in known)
+        if attempt not in known:
+            self.spent.add(attempt)
+
+    @rule()
+    def engine_dies(self) -> None:
+        lost = {entry.attempt for entry in self.admission.clear(0.0)}
+        assert lost == {a for a, _ in self.running + self.waiting}
+        self.spent |= lost
+        self.running, self.waiting = [], []
+        self.admission.resize(self.slots)
+
+    @rule()
+    def time_passes(self) -> None:
+        # Everything spent so far was spent at 0; one offer later than that forgets it all.
+        self.admission.cancel(10**6, -SPENT_SECONDS)
+        self.admission.offer(ticket(10**6), SPENT_SECONDS)
+        self.admission.release(10**6, 0.0)
+        self.spent = set()
+
+    @invariant()
+    def account_is_exact(self) -> None:
+        if not hasattr(self, "admission"):
+            return
+        assert 0 <= self.admission.free <= self.slots
+        assert self.admission.free == (0 if self.waiting else self.slots - self.used())
+        assert self.admission.queued == len(self.waiting) <= self.queue
+        assert len(self.admission) == len(self.running) + len(self.waiting)
+        for attempt, _ in self.running + self.waiting:
+            assert attempt in self.admission
+
+
+TestAccount = Account.TestCase
+TestAccount.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
