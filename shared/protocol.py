@@ -204,7 +204,7 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag="a"):
 
 
 class Busy(msgspec.Struct, frozen=True, array_like=True, tag="b"):
-    """Slots and queue are full; nothing was kept. `retry_after` is the worker's guess in seconds."""
+    """Slots and queue are full; nothing was kept. `retry_after` is a guess in seconds."""
 
     attempt: int
     worker: str
@@ -236,8 +236,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     """New tokens of one choice.
 
     `first` is the index of `tokens[0]` in the choice's output. Text may lag behind tokens (a
-    character or a stop string may span them), so `text` can be empty, and is empty while a tool call
-    is being written.
+    character or a stop string may span them), so `text` can be empty, and is empty while a tool
+    call is being written.
     """
 
     attempt: int
@@ -251,7 +251,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True, tag="o"):
-    """A choice is complete after `count` tokens; `stopped_by` is the stop string, if one ended it."""
+    """A choice is complete after `count` tokens; `stopped_by` is the stop string that ended it."""
 
     attempt: int
     choice: int
@@ -363,7 +363,7 @@ class RouterBeat(msgspec.Struct, frozen=True, omit_defaults=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _json = msgspec.json.Encoder()
-_request = msgspec.msgpack.Decoder(Generate | Embed)
+_request: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Generate | Embed)
 _frames = msgspec.msgpack.Decoder(
     tuple[Accepted | Busy | Delta | Done | End | EmbedResult | Fail, ...]
 )
