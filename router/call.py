@@ -220,7 +220,7 @@ class Call:
 
     def no_responders(self) -> None:
         """Nobody was subscribed where we asked."""
-        if self.over or self._assembly.worker:
+        if self.over or self._heard:
             return
         if self._target:
             self._refused.add(self._target)
@@ -328,11 +328,16 @@ class Call:
         settings = self._desk.settings
         if wall > self._request.deadline:
             self._give_up(DeadlineExceeded("The request's time is up."))
-        elif not self._assembly.worker:
+        elif not self._heard:
             if self._asked_at and now - self._asked_at > settings.accept_timeout:
                 self._ask_another()
         else:
             self._watch(now)
+
+    @property
+    def _heard(self) -> bool:
+        """Whether a worker has it; its `Accepted` may be lost, as any frame."""
+        return bool(self._assembly.worker or self._assembly.counts)
 
     def _watch(self, now: float) -> None:
         """See whether tokens still come."""
@@ -371,7 +376,7 @@ class Call:
                 self._fail(WorkerFailed(f"The worker {why} before the answer was complete."))
             else:
                 self._fail(Unavailable("The mesh is not reachable now: NATS is away."))
-        elif self._target == worker and not self._assembly.worker:
+        elif self._target == worker and not self._heard:
             self._ask_another()
 
     def broken(self) -> None:

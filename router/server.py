@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Generator
+from collections.abc import AsyncIterator, Generator
 from typing import Any
 
 import structlog
@@ -22,7 +22,7 @@ from router.exchange import ABORT
 from router.settings import Settings
 from shared.bus import Bus
 
-__all__ = ("StartFailed", "run", "serve")
+__all__ = ("Serving", "StartFailed", "run", "serve", "serving")
 
 log = structlog.get_logger(__name__)
 
@@ -48,8 +48,11 @@ class Protocol(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """uvicorn's server with our signals: they end the serving, not the process."""
 
-    def __init__(self, config: uvicorn.Config, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, config: uvicorn.Config, dispatcher: Dispatcher, sockets: list[socket.socket]
+    ) -> None:
         super().__init__(config)
+        self.sockets = sockets
         self._dispatcher = dispatcher
 
     def end(self) -> None:
@@ -80,32 +83,77 @@ def run(settings: Settings) -> int:
 
 
 async def serve(settings: Settings) -> int:
-    """Serve on a running loop.
+    """Serve on a running loop until told to stop; returns the exit code.
 
     Raises:
         BusUnavailable: NATS cannot be reached.
         StartFailed: the address cannot be had.
     """
-    listener = _listen(settings.host, settings.port)
+    async with serving(settings) as router:
+        return await router.wait()
+
+
+class Serving:
+    """A router that serves."""
+
+    def __init__(self, url: str, dispatcher: Dispatcher, server: Server) -> None:
+        self.url = url
+        self.dispatcher = dispatcher
+        self._server = server
+        self._task = asyncio.create_task(self._serve())
+
+    def end(self) -> None:
+        """Begin the orderly end; at the second call, end at once."""
+        self._server.end()
+
+    async def wait(self) -> int:
+        """Wait for the end; returns the exit code."""
+        closed = asyncio.create_task(self.dispatcher.bus.closed.wait())
+        try:
+            await asyncio.wait({closed, self._task}, return_when=asyncio.FIRST_COMPLETED)
+            if closed.done():
+                log.error("router.bus_closed")
+                self.end()
+            await self._task
+        finally:
+            closed.cancel()
+        return 1 if self.dispatcher.bus.closed.is_set() else 0
+
+    async def _serve(self) -> None:
+        await self._server.serve(sockets=self._server.sockets)
+        # Answers that outlived the grace were cancelled: let them tell their workers.
+        await asyncio.sleep(0)
+
+
+@contextlib.asynccontextmanager
+async def serving(settings: Settings) -> AsyncIterator[Serving]:
+    """Bring a router up, and down at the end; raises as `serve`."""
     dispatchers: list[Dispatcher] = []
 
     def on_state(connected: bool) -> None:
         for dispatcher in dispatchers:
             dispatcher.on_connection(connected)
 
-    with listener:
+    with _listen(settings.host, settings.port) as listener:
         async with Bus.connect(
             settings.nats, identity=settings.name, kind="router", on_state=on_state
         ) as bus:
             dispatcher = Dispatcher(bus, settings)
             dispatchers.append(dispatcher)
             async with dispatcher.running():
-                return await _serve_http(dispatcher, settings, listener)
+                url = _url(listener)
+                log.info("router.serving", url=f"{url}/v1", name=settings.name)
+                router = Serving(url, dispatcher, _server(dispatcher, settings, listener))
+                try:
+                    yield router
+                finally:
+                    router.end()
+                    await router.wait()
 
 
-async def _serve_http(dispatcher: Dispatcher, settings: Settings, listener: socket.socket) -> int:
+def _server(dispatcher: Dispatcher, settings: Settings, listener: socket.socket) -> Server:
     app: Any = create_app(dispatcher, settings)
-    server = Server(
+    return Server(
         uvicorn.Config(
             app,
             http=Protocol,
@@ -119,23 +167,13 @@ async def _serve_http(dispatcher: Dispatcher, settings: Settings, listener: sock
             timeout_graceful_shutdown=max(1, round(settings.grace)),
         ),
         dispatcher,
+        [listener],
     )
 
-    async def end_with_bus() -> None:
-        await dispatcher.bus.closed.wait()
-        log.error("router.bus_closed")
-        server.end()
 
-    watch = asyncio.create_task(end_with_bus())
+def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    log.info("router.serving", url=f"http://{host}:{port}/v1", name=settings.name)
-    try:
-        await server.serve(sockets=[listener])
-    finally:
-        watch.cancel()
-        # Answers that outlived the grace were cancelled: let them tell their workers.
-        await asyncio.sleep(0)
-    return 1 if dispatcher.bus.closed.is_set() else 0
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _listen(host: str, port: int) -> socket.socket:
