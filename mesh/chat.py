@@ -97,9 +97,12 @@ def first_model(client: httpx.Client) -> str:
 class Chat:
     """A conversation that is sent whole with every turn."""
 
-    def __init__(self, client: httpx.Client, model: str, *, system: str = "") -> None:
+    def __init__(
+        self, client: httpx.Client, model: str, *, system: str = "", temperature: float = 0.5
+    ) -> None:
         self._client = client
         self._model = model
+        self._temperature = temperature
         self._turns = [_Turn("system", system)] if system else []
 
     def say(self, text: str) -> Iterator[str]:
@@ -112,7 +115,12 @@ class Chat:
             CommandError: the endpoint refuses the turn, cannot be reached or fails half-way.
         """
         turns = [*self._turns, _Turn("user", text)]
-        body = {"model": self._model, "messages": turns, "stream": True}
+        body = {
+            "model": self._model,
+            "messages": turns,
+            "temperature": self._temperature,
+            "stream": True,
+        }
         said: list[str] = []
         try:
             with self._client.stream(
@@ -135,7 +143,15 @@ class Chat:
         self._turns = [*turns, _Turn("assistant", "".join(said))]
 
 
-def converse(url: str, model: str | None, system: str, stdin: TextIO, stdout: TextIO) -> None:
+def converse(
+    url: str,
+    model: str | None,
+    stdin: TextIO,
+    stdout: TextIO,
+    *,
+    system: str = "",
+    temperature: float = 0.5,
+) -> None:
     """Talk until the input ends; input that is not a terminal is one turn.
 
     Raises:
@@ -146,7 +162,7 @@ def converse(url: str, model: str | None, system: str, stdin: TextIO, stdout: Te
     except (httpx.InvalidURL, ValueError) as error:
         raise CommandError(f"{url!r} is not a URL: {error}") from error
     with client:
-        chat = Chat(client, model or first_model(client), system=system)
+        chat = Chat(client, model or first_model(client), system=system, temperature=temperature)
         if stdin.isatty():
             _talk(chat, stdout)
             return

@@ -147,7 +147,13 @@ def models(*, nats: _Text = "", data_dir: _DataDir = None, as_json: _Json = Fals
 
 @app.command
 def chat(
-    model: str | None = None, /, *, url: _Text = "", system: _Text = "", data_dir: _DataDir = None
+    model: str | None = None,
+    /,
+    *,
+    url: _Text = "",
+    system: _Text = "",
+    temperature: Annotated[float, Parameter(validator=Number(gte=0, lte=2))] = 0.5,
+    data_dir: _DataDir = None,
 ) -> None:
     """Talk to a model. Input that is not a terminal is one question.
 
@@ -160,6 +166,8 @@ def chat(
         http://127.0.0.1:9337/v1.
     system
         System message.
+    temperature
+        How freely tokens are drawn: 0 always takes the likeliest.
     data_dir
         The data folder of that `mesh up`.
     """
@@ -170,7 +178,7 @@ def chat(
             url = find(_folder(data_dir)).url
         except CommandError:
             url = "http://127.0.0.1:9337/v1"
-    converse(url, model, system, sys.stdin, sys.stdout)
+    converse(url, model, sys.stdin, sys.stdout, system=system, temperature=temperature)
 
 
 @app.command
@@ -266,7 +274,14 @@ def _folder(data_dir: Path | None) -> Path:
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value)).decode() + "\n")
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(_whole(value))).decode() + "\n")
+
+
+def _whole(value: Any) -> Any:
+    """A struct as a dict with all its fields; on the wire, defaults are left out."""
+    if isinstance(value, msgspec.Struct):
+        return {name: _whole(part) for name, part in msgspec.structs.asdict(value).items()}
+    return [_whole(part) for part in value] if isinstance(value, tuple) else value
 
 
 def _complain(message: str, code: int) -> int:

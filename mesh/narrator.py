@@ -20,6 +20,7 @@ def curl_line(url: str, model: str) -> str:
     body = {
         "model": model,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
         "max_tokens": 64,
     }
     return (

@@ -26,22 +26,27 @@ def size_text(size: int) -> str:
 def status_view(snapshot: Snapshot, *, now: float | None = None) -> RenderableType:
     """Routers, workers and what each worker does with each model."""
     moment = time.time() if now is None else now
-    return Group(_routers(snapshot.routers, moment), _workers(snapshot.workers, moment))
+    tables = (
+        _routers(snapshot.routers, moment),
+        _workers(snapshot.workers, moment),
+        _loads(snapshot.workers),
+    )
+    return Group(*(part for table in tables for part in (table, Text(""))))
 
 
 def models_table(models: tuple[ModelView, ...]) -> Table:
     """A row for each model."""
-    table = _table("models", "state", "workers", "slots free", "queued", "context", "size")
+    table = _table("models", "state", "context", "size", "slots free", "queued", "workers")
     for model in models:
         ready = [worker for worker in model.workers if worker.state == "ready"]
         table.add_row(
             Text(model.name),
             _state(model.state),
-            Text(", ".join(worker.worker for worker in model.workers)),
-            f"{sum(worker.free for worker in ready)}/{sum(worker.slots for worker in ready)}",
-            str(sum(worker.queued for worker in ready)),
             str(model.context or "-"),
             size_text(model.size),
+            f"{sum(worker.free for worker in ready)}/{sum(worker.slots for worker in ready)}",
+            str(sum(worker.queued for worker in ready)),
+            Text(", ".join(worker.worker for worker in model.workers)),
         )
     return table
 
@@ -61,30 +66,36 @@ def _routers(routers: tuple[RouterBeat, ...], now: float) -> Table:
 
 
 def _workers(workers: tuple[Beat, ...], now: float) -> Table:
-    table = _table(
-        "workers", "state", "model", "model state", "slots", "queued", "KV", "tok/s", "memory", "up"
-    )
+    table = _table("workers", "state", "host", "memory", "version", "up")
     for worker in workers:
         memory = f"{size_text(worker.memory_used)} of {size_text(worker.memory_total)}"
-        first = [Text(worker.worker), _state(worker.state)]
-        last = [Text(memory if worker.memory_total else "-"), _age(worker.started, now)]
-        if not worker.models:
-            table.add_row(*first, "-", "-", "-", "-", "-", "-", *last)
+        table.add_row(
+            Text(worker.worker),
+            _state(worker.state),
+            Text(worker.host or "-"),
+            Text(memory if worker.memory_total else "-"),
+            Text(worker.version or "-"),
+            _age(worker.started, now),
+        )
+    return table
+
+
+def _loads(workers: tuple[Beat, ...]) -> Table:
+    table = _table("models", "worker", "state", "slots", "queued", "KV", "tok/s")
+    for worker in workers:
         for model in worker.models:
             state = _state(model.state)
             if model.detail and model.state != "ready":
                 state.append(f" {model.detail}", style="default")
             table.add_row(
-                *first,
                 Text(model.name),
+                Text(worker.worker),
                 state,
                 f"{model.slots - model.free}/{model.slots}",
                 f"{model.queued}/{model.queue_limit}",
                 f"{model.kv_used:.0%}",
                 f"{model.tokens_per_second:.0f}",
-                *last,
             )
-            first, last = [Text(""), Text("")], [Text(""), Text("")]
     return table
 
 

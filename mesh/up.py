@@ -5,6 +5,7 @@ their answers, then workers, then NATS. Whatever ends it, nothing is left runnin
 """
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -43,7 +44,7 @@ __all__ = ("Up", "bring_up", "check_ports")
 
 _DRAIN = 35.0
 """Seconds that routers have for open answers; a little more than they give themselves."""
-_WORKER_END = 20.0
+_WORKER_END = 35.0
 
 
 class _Plan(msgspec.Struct, frozen=True):
@@ -241,9 +242,8 @@ def check_ports(first: int, count: int) -> tuple[int, ...]:
         try:
             socket.create_server(("127.0.0.1", port)).close()
         except OSError as error:
-            raise CommandError(
-                f"port {port} cannot be used: {error.strerror}; choose another with --port"
-            ) from error
+            reason = "is taken" if error.errno == errno.EADDRINUSE else f"is not free: {error}"
+            raise CommandError(f"port {port} {reason}; choose another with --port") from error
     return tuple(range(first, first + count))
 
 

@@ -111,12 +111,12 @@ def test_the_first_model_is_the_default() -> None:
 
 def test_nobody_there_is_one_line() -> None:
     with pytest.raises(CommandError, match="does not answer") as caught:
-        converse("http://127.0.0.1:9/v1", None, "", io.StringIO("hi"), io.StringIO())
+        converse("http://127.0.0.1:9/v1", None, io.StringIO("hi"), io.StringIO())
     assert "\n" not in str(caught.value)
     with pytest.raises(CommandError):
-        converse("not a url", "m", "", io.StringIO("hi"), io.StringIO())
+        converse("not a url", "m", io.StringIO("hi"), io.StringIO())
 
 
 def test_empty_input_is_no_question() -> None:
     with pytest.raises(CommandError, match="empty"):
-        converse("http://127.0.0.1:9/v1", "m", "", io.StringIO(" \n"), io.StringIO())
+        converse("http://127.0.0.1:9/v1", "m", io.StringIO(" \n"), io.StringIO())
