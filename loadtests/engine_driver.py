@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import msgspec
 
@@ -128,7 +128,7 @@ class EngineDriver:
             raise
         return self.ready
 
-    async def submit(self, request: Request) -> AsyncIterator[Frame]:
+    async def submit(self, request: Request) -> AsyncGenerator[Frame, None]:
         """Yield the frames of a request; leaving early cancels it on the engine.
 
         Raises:

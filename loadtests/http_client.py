@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from typing import cast
 from urllib.parse import urlsplit
 
 import msgspec
@@ -86,8 +87,8 @@ class Connection(asyncio.Protocol):
             self._transport.write(self._request)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport, self._served = transport, 0
+        # uvloop's transports have the interface without the ancestry.
+        self._transport, self._served = cast(asyncio.Transport, transport), 0
 
     def data_received(self, data: bytes) -> None:
         reader = self.reader

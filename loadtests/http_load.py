@@ -36,10 +36,10 @@ class Result(msgspec.Struct):
     seconds: float
     replies: int
     errors: dict[str, int]
-    ttft: array[float]
-    total: array[float]
-    gaps: array[float]
-    lags: array[float]
+    ttft: Sequence[float]
+    total: Sequence[float]
+    gaps: Sequence[float]
+    lags: Sequence[float]
     tokens: int
     """Events with text inside the measured window (stamped tokens one by one)."""
     completion_tokens: int
@@ -226,7 +226,7 @@ async def held_streams(
 def summary(result: Result, names: Sequence[str]) -> dict[str, object]:
     """Return the figures of a run as plain values; times in milliseconds."""
 
-    def spread(values: array[float]) -> dict[str, float] | None:
+    def spread(values: Sequence[float]) -> dict[str, float] | None:
         if not values:
             return None
         return {f"p{q}": round(percentile(values, q / 100) * 1e3, 3) for q in (50, 90, 99)}

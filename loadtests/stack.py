@@ -97,6 +97,12 @@ def _lists(names: set[str], model: str) -> bool:
     return model in names if model else bool(names)
 
 
+def _where(models: Path) -> list[str]:
+    if models.is_file():
+        return ["--models", str(models.parent), "--model", str(models)]
+    return ["--models", str(models)]
+
+
 class Stack:
     """A nats-server with `identities`, and the processes started around it."""
 
@@ -164,10 +170,8 @@ class Stack:
 
         It serves some time later: see `wait_model`.
         """
-        where = ["--models", str(models)]
-        if models.is_file():
-            where = ["--models", str(models.parent), "--model", str(models)]
-        await self._start(name, self._program("worker.cli", *where, "--name", name, *arguments))
+        command = self._program("worker.cli", *_where(models), "--name", name, *arguments)
+        await self._start(name, command)
 
     async def token_worker(self, name: str, *arguments: str) -> None:
         """Start a worker that only emits tokens."""
