@@ -137,9 +137,13 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="f"):
 
 FromEngine = Loading | Ready | Step | Failed
 
-_to_engine = msgspec.msgpack.Decoder(Submit | CancelAttempts | Stop)
+_to_engine: msgspec.msgpack.Decoder[Submit | CancelAttempts | Stop] = msgspec.msgpack.Decoder(
+    Submit | CancelAttempts | Stop
+)
 _config = msgspec.msgpack.Decoder(EngineConfig)
-_from_engine = msgspec.msgpack.Decoder(Loading | Ready | Step | Failed)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(
+    Loading | Ready | Step | Failed
+)
 _encoder = msgspec.msgpack.Encoder()
 
 
