@@ -9,7 +9,7 @@ import msgspec
 
 from mesh.errors import CommandError
 
-__all__ = ("Chat", "answer_pieces", "converse", "first_model")
+__all__ = ("Chat", "Manner", "answer_pieces", "converse", "first_model")
 
 _TIMEOUT = httpx.Timeout(120.0, connect=5.0)
 
@@ -47,6 +47,15 @@ class _Failure(msgspec.Struct):
 class _Turn(msgspec.Struct, frozen=True):
     role: Literal["system", "user", "assistant"]
     content: str
+
+
+class Manner(msgspec.Struct, frozen=True):
+    """How a conversation is held."""
+
+    system: str = ""
+    temperature: float = 0.5
+    max_tokens: int = 1024
+    """Of one answer."""
 
 
 def answer_pieces(lines: Iterator[str]) -> Iterator[str]:
@@ -97,12 +106,11 @@ def first_model(client: httpx.Client) -> str:
 class Chat:
     """A conversation that is sent whole with every turn."""
 
-    def __init__(
-        self, client: httpx.Client, model: str, *, system: str = "", temperature: float = 0.5
-    ) -> None:
+    def __init__(self, client: httpx.Client, model: str, manner: Manner | None = None) -> None:
         self._client = client
         self._model = model
-        self._temperature = temperature
+        self._manner = manner or Manner()
+        system = self._manner.system
         self._turns = [_Turn("system", system)] if system else []
 
     def say(self, text: str) -> Iterator[str]:
@@ -118,7 +126,8 @@ class Chat:
         body = {
             "model": self._model,
             "messages": turns,
-            "temperature": self._temperature,
+            "temperature": self._manner.temperature,
+            "max_completion_tokens": self._manner.max_tokens,
             "stream": True,
         }
         said: list[str] = []
@@ -143,15 +152,7 @@ class Chat:
         self._turns = [*turns, _Turn("assistant", "".join(said))]
 
 
-def converse(
-    url: str,
-    model: str | None,
-    stdin: TextIO,
-    stdout: TextIO,
-    *,
-    system: str = "",
-    temperature: float = 0.5,
-) -> None:
+def converse(url: str, model: str | None, manner: Manner, stdin: TextIO, stdout: TextIO) -> None:
     """Talk until the input ends; input that is not a terminal is one turn.
 
     Raises:
@@ -162,7 +163,7 @@ def converse(
     except (httpx.InvalidURL, ValueError) as error:
         raise CommandError(f"{url!r} is not a URL: {error}") from error
     with client:
-        chat = Chat(client, model or first_model(client), system=system, temperature=temperature)
+        chat = Chat(client, model or first_model(client), manner)
         if stdin.isatty():
             _talk(chat, stdout)
             return

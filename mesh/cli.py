@@ -153,6 +153,7 @@ def chat(
     url: _Text = "",
     system: _Text = "",
     temperature: Annotated[float, Parameter(validator=Number(gte=0, lte=2))] = 0.5,
+    max_tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 1024,
     data_dir: _DataDir = None,
 ) -> None:
     """Talk to a model. Input that is not a terminal is one question.
@@ -168,17 +169,20 @@ def chat(
         System message.
     temperature
         How freely tokens are drawn: 0 always takes the likeliest.
+    max_tokens
+        Most tokens of one answer.
     data_dir
         The data folder of that `mesh up`.
     """
-    from mesh.chat import converse
+    from mesh.chat import Manner, converse
 
     if not url:
         try:
             url = find(_folder(data_dir)).url
         except CommandError:
             url = "http://127.0.0.1:9337/v1"
-    converse(url, model, sys.stdin, sys.stdout, system=system, temperature=temperature)
+    manner = Manner(system=system, temperature=temperature, max_tokens=max_tokens)
+    converse(url, model, manner, sys.stdin, sys.stdout)
 
 
 @app.command

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from mesh.chat import Chat, answer_pieces, converse, first_model
+from mesh.chat import Chat, Manner, answer_pieces, converse, first_model
 from mesh.errors import CommandError
 
 
@@ -68,7 +68,7 @@ class Endpoint:
 def test_each_turn_carries_the_conversation() -> None:
     endpoint = Endpoint("one", "two")
     with endpoint.client() as client:
-        chat = Chat(client, "m", system="be brief")
+        chat = Chat(client, "m", Manner(system="be brief"))
         assert "".join(chat.say("a")) == "one"
         assert "".join(chat.say("b")) == "two"
     assert endpoint.sent[1] == [
@@ -111,12 +111,12 @@ def test_the_first_model_is_the_default() -> None:
 
 def test_nobody_there_is_one_line() -> None:
     with pytest.raises(CommandError, match="does not answer") as caught:
-        converse("http://127.0.0.1:9/v1", None, io.StringIO("hi"), io.StringIO())
+        converse("http://127.0.0.1:9/v1", None, Manner(), io.StringIO("hi"), io.StringIO())
     assert "\n" not in str(caught.value)
     with pytest.raises(CommandError):
-        converse("not a url", "m", io.StringIO("hi"), io.StringIO())
+        converse("not a url", "m", Manner(), io.StringIO("hi"), io.StringIO())
 
 
 def test_empty_input_is_no_question() -> None:
     with pytest.raises(CommandError, match="empty"):
-        converse("http://127.0.0.1:9/v1", "m", io.StringIO(" \n"), io.StringIO())
+        converse("http://127.0.0.1:9/v1", "m", Manner(), io.StringIO(" \n"), io.StringIO())
