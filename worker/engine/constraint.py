@@ -4,6 +4,7 @@ A matcher follows one output and says which tokens may come next. Compiled gramm
 that a schema that comes again costs a copy of its start state.
 """
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -123,7 +124,12 @@ class ConstraintCompiler:
     def __init__(self, vocab_handle: Any) -> None:
         size = ll.llama_vocab_n_tokens(vocab_handle)
         ends = [token for token in range(size) if ll.llama_vocab_is_eog(vocab_handle, token)]
-        self._tokenizer: LLTokenizer = lltokenizer_from_vocab(vocab_handle, eos_token=ends or None)
+        with warnings.catch_warnings():
+            # llguidance's binding calls a function of llama.cpp by its former name.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._tokenizer: LLTokenizer = lltokenizer_from_vocab(
+                vocab_handle, eos_token=ends or None
+            )
         # llguidance knows user-defined tokens in angle brackets as special too.
         self._special = {
             self._tokenizer.decode_str([token]): token
@@ -147,6 +153,12 @@ class ConstraintCompiler:
         else:
             self._cache.move_to_end(constraint)
         return matcher.fork()
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    def __contains__(self, constraint: Constraint) -> bool:
+        return constraint in self._cache
 
     def _compile(self, constraint: Constraint) -> Matcher:
         param = _PARAM[constraint.kind]
