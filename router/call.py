@@ -74,10 +74,6 @@ class Sink(Protocol):
         """The call has ended without an answer."""
         ...
 
-    def tick(self, now: float) -> None:
-        """Time has passed (monotonic seconds)."""
-        ...
-
 
 class Desk(Protocol):
     """What a call needs of its dispatcher."""
@@ -322,7 +318,6 @@ class Call:
 
     def tick(self, now: float, wall: float) -> None:
         """End what takes too long."""
-        self._sink.tick(now)
         if self.over:
             return
         settings = self._desk.settings

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 import structlog
@@ -23,7 +23,7 @@ from shared.bus import Bus, BusMessage, BusUnavailable
 from shared.errors import MeshError, ModelNotFound, QueueFull, Unavailable
 from shared.protocol import Cancel, Request, RouterBeat, decode_beat, encode, encode_beat
 
-__all__ = ("Dispatcher",)
+__all__ = ("Dispatcher", "Watched")
 
 log = structlog.get_logger(__name__)
 
@@ -31,6 +31,14 @@ SWEEP_INTERVAL = 0.25
 BEAT_INTERVAL = 1.0
 LOADING_RETRY = 5
 """Seconds after which to ask again for a model that is being loaded."""
+
+
+class Watched(Protocol):
+    """Who wants to know that time passes."""
+
+    def tick(self, now: float) -> None:
+        """Time has passed (monotonic seconds)."""
+        ...
 
 
 class Dispatcher:
@@ -41,6 +49,7 @@ class Dispatcher:
         self.settings = settings
         self.fleet = Fleet()
         self.inbox = Inbox(bus.inbox)
+        self.watched: set[Watched] = set()
         self.draining = False
         self.placed = 0
         self._tasks: asyncio.TaskGroup | None = None
@@ -151,6 +160,8 @@ class Dispatcher:
             wall = time.time()
             for receiver in self.inbox.receivers():
                 receiver.tick(now, wall)
+            for watched in list(self.watched):
+                watched.tick(now)
 
     async def _beat(self) -> None:
         while True:

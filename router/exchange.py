@@ -90,6 +90,7 @@ class Exchange:
         self._outlet = Outlet(scope.get(RAW_SEND, send), self._dispatcher.spawn, self._writable)
         in_flight = self._metrics.in_flight.labels(self._label)
         in_flight.inc()
+        self._dispatcher.watched.add(self)
         try:
             await self._place()
             # A server says "disconnect" when the client has left and when the response is complete.
@@ -97,6 +98,7 @@ class Exchange:
                 pass
         finally:
             in_flight.dec()
+            self._dispatcher.watched.discard(self)
             self._close()
 
     async def _place(self) -> None:

@@ -106,6 +106,10 @@ class Serving:
         """Begin the orderly end; at the second call, end at once."""
         self._server.end()
 
+    def idle(self) -> bool:
+        """Whether no request is being answered."""
+        return not self._server.server_state.tasks
+
     async def wait(self) -> int:
         """Wait for the end; returns the exit code."""
         closed = asyncio.create_task(self.dispatcher.bus.closed.wait())

@@ -23,6 +23,7 @@ __all__ = (
     "event",
     "merge_tools",
     "now",
+    "quote",
     "timings_object",
     "usage_object",
 )
@@ -33,6 +34,12 @@ DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 LOWEST = -9999.0
 """OpenAI's stand-in for the logarithm of zero, which JSON cannot hold."""
+
+_LINE_ENDS = (
+    ("\u2028".encode(), b"\\u2028"),
+    ("\u2029".encode(), b"\\u2029"),
+    ("\x85".encode(), b"\\u0085"),
+)
 
 Completed = End | EmbedResult
 
@@ -60,7 +67,20 @@ def now() -> int:
 
 def event(value: Any) -> bytes:
     """One server-sent event."""
-    return b"data: %b\n\n" % encode(value)
+    return b"data: %b\n\n" % _one_line(encode(value))
+
+
+def quote(text: str) -> bytes:
+    """Encode text as a JSON string fit for an event."""
+    return encode(text) if text.isascii() else _one_line(encode(text))
+
+
+def _one_line(data: bytes) -> bytes:
+    # Legal in JSON, but clients that split a stream with str.splitlines would cut here.
+    for raw, escaped in _LINE_ENDS:
+        if raw in data:
+            data = data.replace(raw, escaped)
+    return data
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from router.dialects.answer import (
     event,
     merge_tools,
     now,
+    quote,
     timings_object,
     usage_object,
 )
@@ -57,7 +58,7 @@ class ChatStream:
         if frame.logprobs or frame.tools or frame.reasoning:
             rendered = self._rich(frame)
         elif frame.text:
-            rendered = self._before[choice] + encode(frame.text) + self._after
+            rendered = self._before[choice] + quote(frame.text) + self._after
         else:
             return b""
         if self._roles[choice]:

@@ -15,6 +15,7 @@ from router.dialects.answer import (
     encode,
     event,
     now,
+    quote,
     timings_object,
     usage_object,
 )
@@ -59,7 +60,7 @@ class CompletionStream:
             logprobs = logprobs_object(frame.logprobs, self._offsets[choice])
             self._offsets[choice] += sum(len(entry.text) for entry in frame.logprobs)
             return self._chunk(choice, text, logprobs=logprobs)
-        return self._before[choice] + encode(text) + self._after if text else b""
+        return self._before[choice] + quote(text) + self._after if text else b""
 
     def done(self, part: int, frame: Done) -> bytes:
         """Render the end of a choice, held back by one so that the last can carry the timings."""
