@@ -82,7 +82,7 @@ def up(
     threads
         Threads of each worker. Without it, the cores but one, shared among the workers.
     ctx
-        Tokens of context for one sequence. Without it, what the model was trained with, up to 8192.
+        Tokens of context for one sequence. Without it, what the model was trained with, up to 4096.
     """
     from mesh.narrator import Narrator
     from mesh.up import bring_up

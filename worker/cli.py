@@ -64,7 +64,7 @@ def serve(
     nats: str = "nats://127.0.0.1:4222",
     model: Annotated[tuple[str, ...], Parameter(negative_iterable="", show_default=False)] = (),
     memory: _Text = "",
-    slots: _Positive = 16,
+    slots: _Positive = 8,
     threads: _NotNegative = 0,
     ctx: _NotNegative = 0,
     gpu_layers: Annotated[int | None, Parameter(validator=Number(gte=-1))] = None,
@@ -93,7 +93,7 @@ def serve(
     threads
         Threads of an engine; 0 lets it choose.
     ctx
-        Tokens of context for one sequence; 0 takes what the model was trained with, at most 8192.
+        Tokens of context for one sequence; 0 takes what the model was trained with, at most 4096.
     gpu_layers
         Layers on the GPU, -1 for all. Without it, all if there is a GPU.
     queue

@@ -39,9 +39,9 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config"):
     path: str
     model: str
     worker: str
-    slots: int = 16
+    slots: int = 8
     context: int = 0
-    """Tokens one sequence may use; 0: what the model was trained with, at most 8192."""
+    """Tokens one sequence may use; 0: what the model was trained with, at most 4096."""
     threads: int = 0
     """Threads for decode; 0: the cores this process may use, one left to the rest if it can be."""
     prefill_threads: int = 0

@@ -20,7 +20,7 @@ from worker.memory_budget import MemoryBudget, NotEnoughMemory
 
 __all__ = ("ServingSettings", "prepare")
 
-USUAL_CONTEXT = 8192
+USUAL_CONTEXT = 4096
 """Tokens of one sequence that the engine sets up at most unless it is told a number."""
 
 LEAST_CELLS = 512
@@ -34,7 +34,7 @@ ALL_LAYERS = 9999
 class ServingSettings(msgspec.Struct, frozen=True):
     """How models are served unless `models.toml` says otherwise; 0 leaves it to the engine."""
 
-    slots: int = 16
+    slots: int = 8
     queue: int = 64
     context: int = 0
     threads: int = 0

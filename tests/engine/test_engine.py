@@ -75,7 +75,7 @@ def tokens_of(frames: list[Frame], choice: int = 0) -> list[int]:
 
 async def idle(engine: EngineDriver) -> None:
     async with asyncio.timeout(20):
-        while engine.stats is None or engine.stats.running or engine.stats.waiting:
+        while engine.stats is None or engine.stats.running or engine.stats.waiting:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
@@ -371,6 +371,11 @@ async def test_an_embedding_does_not_depend_on_how_it_is_chunked(engine):
     assert alone @ beside == pytest.approx(1, abs=1e-3)
 
 
+async def _drain(stream) -> None:
+    async for _ in stream:
+        pass
+
+
 async def test_a_killed_engine_is_noticed_by_all_it_served():
     driver = EngineDriver(str(packaged_model()), slots=2, context=512, threads=1)
     await driver.start()
@@ -379,9 +384,7 @@ async def test_a_killed_engine_is_noticed_by_all_it_served():
         await anext(stream)
         os.kill(driver.pid, signal.SIGKILL)
         with pytest.raises(EngineDied):
-            async with asyncio.timeout(10):
-                async for _ in stream:
-                    pass
+            await asyncio.wait_for(_drain(stream), 10)
     finally:
         await driver.stop()
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import structlog
 
@@ -18,9 +19,11 @@ from worker.engine.intake import Intake, read_message
 from worker.engine.llama import Batch, Context, LoadError, Model, silence
 from worker.engine.loop import Loop
 from worker.engine.outbox import Outbox
+from worker.engine.room import NoRoom, fit_context
+from worker.gguf_header import GgufError, read_header
 from worker.link import EngineConfig, Failed, Loading, Ready, decode_config, pack
 
-MOST_CONTEXT = 8192
+MOST_CONTEXT = 4096
 """Tokens a sequence gets by default at most, however long the model was trained."""
 
 
@@ -38,7 +41,7 @@ def main() -> None:
     silence()
     try:
         loop = _load(link, config)
-    except (LoadError, RuntimeError) as error:
+    except (LoadError, NoRoom, GgufError, RuntimeError) as error:
         link.sendall(pack(Failed(f"{config.path}: {error}")))
         sys.exit(1)
     gc.freeze()  # the vocabulary tables live for ever: never walk them again
@@ -61,11 +64,18 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
     cores = len(os.sched_getaffinity(0))
     threads = config.threads or max(1, cores - 1)
     prefill_threads = config.prefill_threads or threads
-    wanted = config.context or min(model.trained_context, MOST_CONTEXT)
+    fitting = fit_context(
+        read_header(Path(config.path)),
+        slots=config.slots,
+        wanted=config.context or min(model.trained_context, MOST_CONTEXT),
+        step_tokens=config.step_tokens,
+        memory=config.memory_limit,
+        cells=config.kv_tokens,
+    )
     context = Context(
         model,
         slots=config.slots,
-        context=wanted,
+        context=fitting,
         step_tokens=config.step_tokens,
         threads=threads,
         prefill_threads=prefill_threads,
