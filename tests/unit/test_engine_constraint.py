@@ -4,7 +4,6 @@ import ctypes
 import json
 import random
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from worker.engine.tools import ToolFamily, ToolParser, tool_constraint
 pytestmark = pytest.mark.model
 FAMILIES: tuple[ToolFamily, ...] = ("hermes", "llama3", "mistral", "mistral_args")
 END = 2
+CLOSING = {b'"', b"}", b"]", b'"}', b'"]', b"}\n"}
 
 
 class Vocabulary:
@@ -33,12 +33,16 @@ class Vocabulary:
         self.handle = handle
         self.compiler = ConstraintCompiler(handle)
         size = ll.llama_vocab_n_tokens(handle)
-        self.ends = {token for token in range(size) if ll.llama_vocab_is_eog(handle, token)}
+        ends = {token for token in range(size) if ll.llama_vocab_is_eog(handle, token)}
+        self.pieces = [self.piece(token) for token in range(size)]
+        self.writes = np.array([bool(p) and t not in ends for t, p in enumerate(self.pieces)])
+        self.closes = np.array([piece in CLOSING for piece in self.pieces])
+
+    def piece(self, token: int) -> bytes:
         buffer = ctypes.create_string_buffer(512)
-        self.pieces = [
-            buffer.raw[: ll.llama_token_to_piece(handle, token, buffer, 512, 0, True)]
-            for token in range(size)
-        ]
+        count = ll.llama_token_to_piece(self.handle, token, buffer, 512, 0, True)
+        assert count >= 0
+        return buffer.raw[:count]
 
     def tokens(self, text: str) -> list[int]:
         data = text.encode()
@@ -76,23 +80,26 @@ def allowed(matcher: Matcher) -> list[int]:
     return [int(token) for token in np.flatnonzero(bits)]
 
 
-def walk(vocabulary: Vocabulary, constraint: Constraint, seed: int, patience: int = 60) -> str:
+def walk(vocabulary: Vocabulary, constraint: Constraint, seed: int, patience: int = 30) -> str:
     """Write what the mask allows, at random, and come to an end when patience runs out."""
     draws = random.Random(seed)
     matcher = vocabulary.compiler.compile(constraint)
     out = b""
-    for step in range(2000):
-        tokens = allowed(matcher)
-        assert tokens, "the mask forbids everything"
+    for step in range(500):
+        bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little").view(np.bool_)
+        bits = bits[: len(vocabulary.pieces)]
         hurry = step > patience
-        if END in tokens and (hurry or draws.random() < 0.2):
+        if bits[END] and (hurry or draws.random() < 0.2):
             assert matcher.allows_eos
             assert matcher.accept(END)
             assert matcher.stopped
             return out.decode()
-        tokens = [t for t in tokens if vocabulary.pieces[t] and t not in vocabulary.ends]
-        closing = [t for t in tokens if vocabulary.pieces[t][:1] in b'"}],']
-        token = draws.choice(closing if closing and (hurry or draws.random() < 0.3) else tokens)
+        tokens = np.flatnonzero(bits & vocabulary.writes)
+        assert len(tokens), "the mask forbids everything"
+        closing = np.flatnonzero(bits & vocabulary.closes)
+        if len(closing) and (hurry or draws.random() < 0.3):
+            tokens = closing
+        token = int(tokens[draws.randrange(len(tokens))])
         assert matcher.accept(token)
         out += vocabulary.pieces[token]
         if matcher.stopped:
@@ -277,12 +284,6 @@ def test_a_forbidden_token_is_told_and_is_final(vocabulary):
 def test_compiled_constraints_are_kept_and_bounded(vocabulary):
     compiler = ConstraintCompiler(vocabulary.handle)
     costly = json_schema({"properties": {f"p{i}": {} for i in range(1000)}})
-    started = time.process_time()
-    compiler.compile(costly)
-    first = time.process_time() - started
-    started = time.process_time()
-    compiler.compile(costly)
-    assert time.process_time() - started < first
     for i in range(CACHED + 5):
         compiler.compile(Constraint("regex", f"x{{{i + 1}}}"))
         compiler.compile(costly)

@@ -127,7 +127,7 @@ def test_nats_config_has_a_user_for_each_process(capsys: pytest.CaptureFixture[s
 def test_a_port_that_is_taken_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(CommandError, match=rf"port {port} cannot be used.*--port"):
+        with pytest.raises(CommandError, match=rf"port {port} is taken.*--port"):
             check_ports(port, 1)
 
 
