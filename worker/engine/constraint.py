@@ -154,9 +154,6 @@ class ConstraintCompiler:
             self._cache.move_to_end(constraint)
         return matcher.fork()
 
-    def __len__(self) -> int:
-        return len(self._cache)
-
     def __contains__(self, constraint: Constraint) -> bool:
         return constraint in self._cache
 
