@@ -1,0 +1,128 @@
+"""NATS goes away and comes back; the router stays, says so, and goes on."""
+
+import asyncio
+
+import pytest
+
+pytestmark = pytest.mark.nats
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+async def server(own_broker):
+    return await own_broker()
+
+
+@pytest.fixture
+async def own_broker(tmp_path, make_identities):
+    from shared.broker import NatsServer
+
+    servers = []
+
+    async def start(port=0):
+        server = NatsServer(identities=make_identities(), data_dir=tmp_path / "nats", port=port)
+        await server.__aenter__()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        await server.__aexit__(None, None, None)
+
+
+async def test_requests_fail_at_once_and_work_again_after(
+    server, own_broker, start_router, start_worker, http, chat, eventually
+):
+    router = await start_router(server=server)
+    worker = await start_worker(server=server)
+    assert (await http.post(f"{router.url}{CHAT}", json=chat())).status_code == 200
+
+    await server.__aexit__(None, None, None)
+    await eventually(lambda: not router.dispatcher.bus.connected)
+    refused = await http.post(f"{router.url}{CHAT}", json=chat())
+    live = await http.get(f"{router.url}/livez")
+    ready = await http.get(f"{router.url}/readyz")
+
+    assert refused.status_code == 503
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert "NATS" in refused.json()["error"]["message"]
+    assert (live.status_code, ready.status_code) == (200, 503)
+
+    await own_broker(port=server.port)
+    await eventually(lambda: router.dispatcher.bus.connected and worker.bus.connected)
+    await worker.bus.barrier()
+    assert (await http.get(f"{router.url}/readyz")).status_code == 200
+    assert (await http.post(f"{router.url}{CHAT}", json=chat())).status_code == 200
+
+
+async def test_open_answers_end_when_nats_stays_away(
+    server, start_router, start_worker, http, chat
+):
+    router = await start_router(server=server)
+
+    async def script(job):
+        await job.accept()
+        if job.prompt == "begun":
+            await job.send(job.delta("Hel"))
+
+    worker = await start_worker(script, server=server)
+    waiting = asyncio.create_task(http.post(f"{router.url}{CHAT}", json=chat("waits")))
+    begun = asyncio.create_task(http.post(f"{router.url}{CHAT}", json=chat("begun", stream=True)))
+    await worker.job(1)
+
+    await server.__aexit__(None, None, None)
+
+    assert (await waiting).status_code == 503
+    assert '"error"' in (await begun).text
+
+
+async def test_what_had_not_begun_is_asked_again_after_a_short_absence(
+    server, own_broker, start_router, start_worker, http, chat, eventually
+):
+    router = await start_router(server=server)
+    restarted = asyncio.Event()
+
+    async def script(job):
+        await job.accept()
+        if restarted.is_set():
+            await job.speak("after all")
+
+    worker = await start_worker(script, server=server)
+    asked = asyncio.create_task(http.post(f"{router.url}{CHAT}", json=chat()))
+    await worker.job()
+
+    await server.__aexit__(None, None, None)
+    restarted.set()
+    await own_broker(port=server.port)
+    answer = await asked
+
+    # Within two seconds it is asked again; a slow restart ends it with an honest 503 instead.
+    if answer.status_code == 200:
+        assert answer.json()["choices"][0]["message"]["content"] == "after all"
+    else:
+        assert answer.status_code == 503
+
+
+async def test_a_stream_that_lost_its_end_in_a_restart_ends(
+    server, own_broker, start_router, start_worker, http, chat, monkeypatch
+):
+    monkeypatch.setattr("router.call.SUSPICION", 0.5)
+    router = await start_router(server=server)
+
+    async def script(job):
+        await job.accept()
+        await job.send(job.delta("Hel"))
+
+    await start_worker(script, server=server)
+    async with http.stream("POST", f"{router.url}{CHAT}", json=chat(stream=True)) as answer:
+        lines = answer.aiter_lines()
+        async for line in lines:
+            if "Hel" in line:
+                break
+        await server.__aexit__(None, None, None)
+        await own_broker(port=server.port)
+        rest = [line async for line in lines]
+
+    assert '"error"' in "".join(rest)
+    assert "[DONE]" not in "".join(rest)
