@@ -19,9 +19,9 @@ def curl_line(url: str, model: str) -> str:
     """A shell command that asks the model something; works when pasted."""
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "messages": [{"role": "user", "content": "What is a mesh network?"}],
         "temperature": 0,
-        "max_tokens": 64,
+        "max_tokens": 80,
     }
     return (
         f"curl -s {shlex.quote(url + '/chat/completions')} -H 'Content-Type: application/json' "

@@ -1,5 +1,6 @@
 """`mesh up` as a process: started in a folder of its own, watched, ended, cleared away."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -65,14 +66,17 @@ class MeshUp:
         """Process ids by name: `router-1`, `worker-1`, `engine of worker-1`, `nats`, `up`."""
         found = {"up": self.process.pid}
         for child in self.children():
-            words = child.cmdline()
-            if "nats-server" in words[0]:
-                found["nats"] = child.pid
-            elif "--name" in words:
-                name = words[words.index("--name") + 1]
-                found[name] = child.pid
-                for engine in child.children():
-                    found[f"engine of {name}"] = engine.pid
+            # A process may end while it is looked at; a zombie has no command line.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                words = child.cmdline()
+                if words and "nats-server" in words[0]:
+                    found["nats"] = child.pid
+                elif "--name" in words:
+                    name = words[words.index("--name") + 1]
+                    found[name] = child.pid
+                    for engine in child.children():
+                        if "worker.engine" in engine.cmdline():
+                            found[f"engine of {name}"] = engine.pid
         return found
 
     def children(self) -> list[psutil.Process]:

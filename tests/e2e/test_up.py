@@ -70,7 +70,7 @@ def test_the_curl_line_answers_when_pasted(pair: MeshUp) -> None:
     (line,) = [line for line in lines if line.startswith("curl ")]
     done = subprocess.run(["bash", "-c", line], capture_output=True, timeout=120, check=True)
     answer = json.loads(done.stdout)
-    assert "Paris" in answer["choices"][0]["message"]["content"]
+    assert "network" in answer["choices"][0]["message"]["content"]
 
 
 def test_every_router_serves(pair: MeshUp) -> None:
@@ -103,7 +103,7 @@ def test_a_part_that_is_killed_comes_back(pair: MeshUp, part: str) -> None:
 
 
 def test_ctrl_c_stops_everything(pair: MeshUp) -> None:
-    assert len(pair.pids) == 8
+    until(lambda: len(pair.pids) == 8)
     assert pair.end(signal.SIGINT) == 0, pair.story()
     assert pair.left() == []
     assert pair.errors.read_text() == ""
