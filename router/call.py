@@ -11,7 +11,6 @@ runs as a task.
 """
 
 import asyncio
-import secrets
 import time
 from collections.abc import Coroutine
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ import msgspec
 
 from router.fleet import Fleet
 from router.inbox import Inbox
+from router.secret import attempt_number
 from router.settings import Settings
 from shared import subjects
 from shared.assembly import Assembly
@@ -256,7 +256,7 @@ class Call:
     def _renew(self) -> None:
         """Take a new attempt number: the old one is known to a worker that is out of it."""
         self._desk.inbox.forget(self._request.attempt, self)
-        self._request = msgspec.structs.replace(self._request, attempt=secrets.randbits(63))
+        self._request = msgspec.structs.replace(self._request, attempt=attempt_number())
         self._assembly = Assembly(self._request.attempt, self._choices)
 
     async def _send_body(self) -> None:

@@ -61,13 +61,11 @@ class Exchange:
         route: str,
     ) -> None:
         self._dispatcher = dispatcher
-        self._metrics = metrics
         self._requests = requests
         self._answer = answer
         self._stream = stream
         self._route = route
-        self._label = metrics.label(requests[0].model)
-        self._gaps = metrics.gaps(self._label)
+        self._metrics = metrics.of(requests[0].model)
         self._calls: list[Call] = []
         self._ends: dict[int, Completed] = {}
         self._held: list[tuple[int, Frame]] = []
@@ -88,8 +86,7 @@ class Exchange:
         self._abort = scope.get(ABORT)
         self._headers = [(b"x-request-id", scope[REQUEST_ID].encode())]
         self._outlet = Outlet(scope.get(RAW_SEND, send), self._dispatcher.spawn, self._writable)
-        in_flight = self._metrics.in_flight.labels(self._label)
-        in_flight.inc()
+        self._metrics.in_flight.inc()
         self._dispatcher.watched.add(self)
         try:
             await self._place()
@@ -97,7 +94,7 @@ class Exchange:
             while (await receive())["type"] != "http.disconnect":
                 pass
         finally:
-            in_flight.dec()
+            self._metrics.in_flight.dec()
             self._dispatcher.watched.discard(self)
             self._close()
 
@@ -154,9 +151,9 @@ class Exchange:
     def _observe(self) -> None:
         now = time.perf_counter()
         if self._last_token:
-            self._gaps.observe(now - self._last_token)
+            self._metrics.gaps.observe(now - self._last_token)
         else:
-            self._metrics.first_token.labels(self._label).observe(now - self._arrived)
+            self._metrics.first_token.observe(now - self._arrived)
         self._last_token = now
 
     # Writing
@@ -221,14 +218,12 @@ class Exchange:
             call.leave()
         self._outlet = None
         self._held.clear()
-        left = not self._finished
-        status = CLIENT_LEFT if left else self._status
-        label, metrics = self._label, self._metrics
-        metrics.requests.labels(label, self._route, str(status)).inc()
-        metrics.duration.labels(label, self._route).observe(time.perf_counter() - self._arrived)
+        status = self._status if self._finished else CLIENT_LEFT
+        metrics = self._metrics
+        metrics.ended(self._route, status, time.perf_counter() - self._arrived)
         for end in self._ends.values():
-            metrics.tokens.labels(label, "prompt").inc(end.usage.prompt)
-            metrics.tokens.labels(label, "cached").inc(end.usage.cached)
-            metrics.tokens.labels(label, "completion").inc(end.usage.completion)
+            metrics.prompt_tokens.inc(end.usage.prompt)
+            metrics.cached_tokens.inc(end.usage.cached)
+            metrics.completion_tokens.inc(end.usage.completion)
             if isinstance(end, End):
-                metrics.queue_time.labels(label).observe(end.timings.queue_ms / 1000)
+                metrics.queue_time.observe(end.timings.queue_ms / 1000)

@@ -1,7 +1,6 @@
 """The routes that generate: body in, calls out, answer by an `Exchange`."""
 
 import math
-import secrets
 import time
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from router.dialects.embeddings import EmbeddingAnswer, embedding_to_embed, pars
 from router.dispatch import Dispatcher
 from router.exchange import REQUEST_ID, Exchange
 from router.metrics import Metrics
+from router.secret import attempt_number
 from router.settings import Settings
 from shared.errors import InvalidRequest, Unavailable
 from shared.protocol import TextInput
@@ -47,7 +47,7 @@ def inference_routes(
     async def chat(request: Request[Any, Any, Any]) -> ASGIApp:
         origin = await admit(request)
         wanted = parse_chat(origin.body)
-        generate = chat_to_generate(wanted, attempt=_attempt(), **origin.fields)
+        generate = chat_to_generate(wanted, attempt=attempt_number(), **origin.fields)
         n = generate.n
         include_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
         return Exchange(
@@ -68,7 +68,9 @@ def inference_routes(
         origin = await admit(request)
         wanted = parse_completion(origin.body)
         prompts = prompts_of(wanted)
-        generates = completion_to_generates(wanted, [_attempt() for _ in prompts], **origin.fields)
+        generates = completion_to_generates(
+            wanted, [attempt_number() for _ in prompts], **origin.fields
+        )
         echoes = [p.text if wanted.echo and isinstance(p, TextInput) else "" for p in prompts]
         n = generates[0].n
         include_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
@@ -92,7 +94,7 @@ def inference_routes(
         return Exchange(
             dispatcher,
             metrics,
-            requests=[embedding_to_embed(wanted, _attempt(), **origin.fields)],
+            requests=[embedding_to_embed(wanted, attempt_number(), **origin.fields)],
             answer=EmbeddingAnswer(wanted.model, as_base64=wanted.encoding_format == "base64"),
             stream=False,
             route="/v1/embeddings",
@@ -106,10 +108,6 @@ def inference_routes(
         return Origin(body, fields)
 
     return [chat, completions, embeddings]
-
-
-def _attempt() -> int:
-    return secrets.randbits(63)
 
 
 def _origin(scope: Any, settings: Settings) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-__all__ = ("Gaps", "Metrics")
+__all__ = ("UNKNOWN", "Gaps", "Metrics", "ModelMetrics")
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 GAP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5, 10)
@@ -53,6 +53,34 @@ class _GapCollector(Collector):
                 buckets.append(("+Inf" if bound is None else repr(float(bound)), running))
             family.add_metric([model], buckets, gaps.total)
         yield family
+
+
+class ModelMetrics:
+    """The metrics of one model's label: looking a label up costs more than counting does."""
+
+    def __init__(self, metrics: "Metrics", label: str) -> None:
+        self.label = label
+        self.gaps = metrics.gaps(label)
+        self.in_flight = metrics.in_flight.labels(label)
+        self.first_token = metrics.first_token.labels(label)
+        self.queue_time = metrics.queue_time.labels(label)
+        self.prompt_tokens = metrics.tokens.labels(label, "prompt")
+        self.cached_tokens = metrics.tokens.labels(label, "cached")
+        self.completion_tokens = metrics.tokens.labels(label, "completion")
+        self._metrics = metrics
+        self._ends: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+
+    def ended(self, route: str, status: int, seconds: float) -> None:
+        """Count a request that is over."""
+        key = (route, status)
+        children = self._ends.get(key)
+        if children is None:
+            children = self._ends[key] = (
+                self._metrics.requests.labels(self.label, route, str(status)),
+                self._metrics.duration.labels(self.label, route),
+            )
+        children[0].inc()
+        children[1].observe(seconds)
 
 
 class Metrics:
@@ -106,12 +134,17 @@ class Metrics:
         Gauge(
             "mesh_router_start_time_seconds", "When this router began", registry=self.registry
         ).set(time.time())
+        self._models: dict[str, ModelMetrics] = {}
         self._gaps = _GapCollector()
         self.registry.register(self._gaps)
 
-    def label(self, model: str) -> str:
-        """The label value for a model's name."""
-        return model if self._knows(model) else UNKNOWN
+    def of(self, model: str) -> ModelMetrics:
+        """The metrics under a model's label."""
+        label = model if self._knows(model) else UNKNOWN
+        found = self._models.get(label)
+        if found is None:
+            found = self._models[label] = ModelMetrics(self, label)
+        return found
 
     def gaps(self, label: str) -> Gaps:
         """The inter-token histogram of a model's label."""

@@ -6,6 +6,7 @@ A second signal ends the waiting.
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 from collections.abc import AsyncIterator, Generator
@@ -27,6 +28,7 @@ __all__ = ("Serving", "StartFailed", "run", "serve", "serving")
 log = structlog.get_logger(__name__)
 
 BACKLOG = 4096
+GC_THRESHOLDS = (20_000, 20, 50)
 KEEP_ALIVE = 75
 """Seconds; longer than load balancers keep theirs, so that they never meet a connection closing."""
 
@@ -78,6 +80,10 @@ class Server(uvicorn.Server):
 
 def run(settings: Settings) -> int:
     """Serve until told to stop; returns the exit code."""
+    # What is loaded by now lives as long as the process, and a request's objects die by count:
+    # without this, the collector walks them all again and again.
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(settings))
 
@@ -165,6 +171,7 @@ def _server(dispatcher: Dispatcher, settings: Settings, listener: socket.socket)
             lifespan="off",
             log_config=None,
             access_log=False,
+            proxy_headers=False,
             server_header=False,
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE,

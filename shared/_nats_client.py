@@ -13,6 +13,8 @@ What is changed, and why (each has a test in `tests/nats/test_fences.py`):
   the reconnect, when nobody wants it any more.
 - A read loop or a reconnect that fails in an unforeseen way reconnects or closes. In nats-py the
   connection would look alive for ever.
+- Closing while a reconnect is being tried ends the tries. nats-py cancels them once, which can get
+  lost, and they then go on for ever beside the closed client.
 
 All of it leans on private names, which is why `pyproject.toml` pins the exact version.
 """
@@ -64,6 +66,7 @@ class FencedClient(Client):
     def __init__(self) -> None:
         super().__init__()
         self.callbacks: dict[int, Callable[[BusMessage], None]] = {}
+        self._ending = False
 
     async def join(self, subject: str, queue: str, callback: Callable[[BusMessage], None]) -> int:
         """Subscribe with a synchronous callback; returns the subscription's number."""
@@ -151,10 +154,27 @@ class FencedClient(Client):
             await super()._attempt_reconnect()
         except Exception:
             _log.exception("bus.reconnect_failed")
-            # Not awaited from within: closing waits for this very task.
-            self._reconnection_task = None
-            self._reconnection_task_future = None
             await self._close(Client.CLOSED)
+
+    async def _process_op_err(self, e: Exception) -> None:
+        if not self._ending:
+            await super()._process_op_err(e)
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        if status == Client.CLOSED:
+            self._ending = True
+            await self._end_reconnect()
+        await super()._close(status, do_cbs)
+
+    async def _end_reconnect(self) -> None:
+        task, self._reconnection_task = self._reconnection_task, None
+        self._reconnection_task_future = None
+        if task is None or task is asyncio.current_task():
+            return
+        # Once is not enough: Python 3.11's wait_for drops a cancellation that meets a result.
+        while not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=0.05)
 
     def next_server(self, pool: list[Server], info: dict[str, Any]) -> tuple[Server | None, float]:
         """nats-py's `reconnect_to_server_handler`."""

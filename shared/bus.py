@@ -234,7 +234,7 @@ class Bus:
                 if len(failures) >= len(servers) or _refused(error):
                     raise BusUnavailable(f"NATS at {shown}: {_reason(error)}")
                 return
-            self._log.error("bus.error", error=f"{type(error).__name__}: {error}")
+            self._failed(error)
 
         try:
             async with asyncio.timeout(timeout):
@@ -284,6 +284,14 @@ class Bus:
             client.abort()
             client.forget_pending()
             await client.close()
+
+    def _failed(self, error: Exception) -> None:
+        # A connection that is down is told once, as `bus.disconnected`; each try is no news,
+        # unless we are refused, which trying does not mend.
+        lost = isinstance(error, OSError | errors.UnexpectedEOF | errors.StaleConnectionError)
+        away = (lost or not self._client.is_connected) and not _refused(error)
+        tell = self._log.debug if self._closing or away else self._log.error
+        tell("bus.error", error=f"{type(error).__name__}: {error}")
 
     async def _disconnected(self) -> None:
         self._client.forget_pending()

@@ -4,7 +4,7 @@ Nearly every frame of a stream is a bit of plain text, so the bytes around the t
 per choice, and a token costs one JSON string and two joins.
 """
 
-import secrets
+from random import getrandbits
 from typing import Any
 
 from router.dialects.answer import (
@@ -31,7 +31,7 @@ class ChatStream:
 
     def __init__(self, model: str, n: int, *, include_usage: bool) -> None:
         self._common: dict[str, Any] = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "id": f"chatcmpl-{getrandbits(96):024x}",
             "object": "chat.completion.chunk",
             "created": now(),
             "model": model,
@@ -144,7 +144,7 @@ class ChatAnswer:
         usage = add_usage(ends)
         return encode(
             {
-                "id": f"chatcmpl-{secrets.token_hex(12)}",
+                "id": f"chatcmpl-{getrandbits(96):024x}",
                 "object": "chat.completion",
                 "created": now(),
                 "model": self._model,

@@ -3,7 +3,7 @@
 The choice `j` of prompt `i` has the index `i * n + j`.
 """
 
-import secrets
+from random import getrandbits
 from typing import Any
 
 from router.dialects.answer import (
@@ -30,7 +30,7 @@ class CompletionStream:
     def __init__(self, model: str, n: int, prompts: list[str], *, include_usage: bool) -> None:
         """`prompts` are the texts to echo, empty where there is nothing to echo."""
         self._common: dict[str, Any] = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
+            "id": f"cmpl-{getrandbits(96):024x}",
             "object": "text_completion",
             "created": now(),
             "model": model,
@@ -124,7 +124,7 @@ class CompletionAnswer:
         usage = add_usage(ends)
         return encode(
             {
-                "id": f"cmpl-{secrets.token_hex(12)}",
+                "id": f"cmpl-{getrandbits(96):024x}",
                 "object": "text_completion",
                 "created": now(),
                 "model": self._model,

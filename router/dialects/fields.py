@@ -1,6 +1,6 @@
 """The types of fields that several dialects share: each range is written once, here."""
 
-import secrets
+from random import getrandbits
 from typing import Annotated, Any
 
 import msgspec
@@ -86,7 +86,7 @@ def sampling(
 ) -> Sampling:
     """Fill in OpenAI's defaults; without a seed, a random one."""
     return Sampling(
-        seed=secrets.randbits(63) if seed is None else seed & SEED_MASK,
+        seed=getrandbits(63) if seed is None else seed & SEED_MASK,
         temperature=1.0 if temperature is None else temperature,
         top_p=1.0 if top_p is None else top_p,
         top_k=top_k or 0,

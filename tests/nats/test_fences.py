@@ -240,9 +240,12 @@ class TestReconnect:
             got: list[BusMessage] = []
             await worker.subscribe(subjects.infer(unique), got.append, queue="free")
             await worker.barrier()
-            os.kill(server.pid, signal.SIGKILL)
-            await server.wait()
-        await eventually(lambda: tries > 100)  # nats-py gives up after 60
+            with capture_logs() as logs:
+                os.kill(server.pid, signal.SIGKILL)
+                await server.wait()
+                await eventually(lambda: tries > 100)  # nats-py gives up after 60
+        loud = [entry["event"] for entry in logs if entry["log_level"] != "debug"]
+        assert loud == ["bus.disconnected"]
         assert not worker.connected
         assert not worker.closed.is_set()
         async with own_server(port=server.port) as server:
@@ -380,6 +383,40 @@ class TestClosed:
                 await bus.publish(subjects.infer("x"), b"")
         closed = [entry for entry in logs if entry["event"] == "bus.closed"]
         assert "maximum payload" in closed[0]["error"]
+
+    async def test_closing_ends_the_tries_to_reconnect(
+        self, own_server: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Python 3.11's wait_for drops a cancellation that comes with a result; nats-py goes on."""
+        tries = 0
+
+        async def deaf(_: Any) -> None:
+            nonlocal tries
+            tries += 1
+            try:
+                await asyncio.sleep(0.01)
+            except asyncio.CancelledError:
+                if tries < 1000 and not lost:
+                    lost.append(True)
+                else:
+                    raise
+            raise ConnectionRefusedError
+
+        lost: list[bool] = []
+        async with own_server() as server:
+            context = Bus.connect(server.url_for("router-1"), identity="router-1", kind="router")
+            bus = await context.__aenter__()
+            monkeypatch.setattr(bus._client, "_connect_to_server", deaf)
+        await eventually(lambda: tries > 0)
+        trying = bus._client._reconnection_task
+        assert trying is not None
+        # In the middle of a try, where the cancellation gets lost.
+        before = tries
+        await eventually(lambda: tries > before)
+        await context.__aexit__(None, None, None)
+        assert trying.done()
+        assert bus._client.is_closed
+        assert bus.closed.is_set()
 
     async def test_closing_does_not_hang_on_a_dead_server(
         self, own_server: Any, pause: Any, unique: str
