@@ -48,6 +48,25 @@ async def test_an_answer_is_whole_and_accounted_for(engine):
     assert end.usage.prompt > 5
 
 
+async def test_a_conversation_that_ended_between_others_is_not_computed_again(engine):
+    """Its slot is wanted for one of the others, so that the busy ones are consecutive."""
+    prompt = tuple(range(1000, 1200))
+    tasks = []
+    for wanted in (
+        request("Tell me stories.", max_tokens=60),
+        request(input=TokenInput(prompt), max_tokens=2),
+        request("Tell me poems.", max_tokens=60),
+    ):
+        tasks.append(asyncio.create_task(frames_of(engine, wanted)))
+        await asyncio.sleep(0.05)
+    answer = tuple(tokens_of(await tasks[1]))
+    await asyncio.sleep(0.3)
+    again = await frames_of(engine, request(input=TokenInput((*prompt, *answer, 1, 2, 3))))
+    await asyncio.gather(*tasks)
+
+    assert again[-1].usage.cached >= len(prompt)
+
+
 async def test_the_end_by_length_is_told(engine):
     frames = await frames_of(engine, request(max_tokens=5))
 

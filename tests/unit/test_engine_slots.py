@@ -71,6 +71,23 @@ def test_a_request_waits_for_the_prefill_that_computes_its_prefix():
     assert slots.place([*prompt, 1, 2]).reuse == 300
 
 
+def test_what_ended_in_a_gap_is_still_there_after_the_gap_is_closed():
+    slots = Slots(3)
+    prompts = [[7] * 50, list(range(100)), [8] * 50]
+    for prompt in prompts:
+        slots.take(slots.place(prompt), prompt).cached = len(prompt)
+    slots.release(slots.all[1])
+    gap = hole(slots.active)
+    assert gap == (2, 1)
+
+    moved = slots.swap(*gap)
+
+    assert slots.active == [0, 1]
+    assert (moved.index, moved.tokens) == (1, prompts[2])
+    placement = slots.place([*range(100), 1, 2])
+    assert (placement.source, placement.reuse) == (2, 100)
+
+
 class SlotLife(RuleBasedStateMachine):
     """Random arrivals, progress, retirements and moves over five slots."""
 
@@ -115,8 +132,8 @@ class SlotLife(RuleBasedStateMachine):
             return
         source, target = gap
         old = self.slots.all[source]
-        self.truth[target] = list(self.truth[source])
-        self.live[self.live.index(old)] = self.slots.move(source, target)
+        self.truth[target], self.truth[source] = self.truth[source], self.truth[target]
+        self.live[self.live.index(old)] = self.slots.swap(source, target)
 
     @invariant()
     def what_a_slot_says_is_what_the_cache_holds(self):

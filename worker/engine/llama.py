@@ -9,7 +9,7 @@ llama.cpp computes streams together in one pass only where their slot numbers ar
 
 import ctypes
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import llama_cpp.llama_cpp as ll
 import numpy as np
@@ -159,6 +159,12 @@ class Batch:
             )
 
 
+class _State(NamedTuple):
+    data: Any
+    """Pointer to bytes."""
+    size: int
+
+
 def _view(pointer: Any, size: int, kind: Any) -> NDArray[Any]:
     return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(kind)), (size,))
 
@@ -201,7 +207,7 @@ class Context:
         self._memory = ll.llama_get_memory(self.handle)
         self.slots = slots
         self.context = int(ll.llama_n_ctx_seq(self.handle))
-        self._state = np.empty(0, dtype=np.uint8)
+        self._states = [np.empty(0, dtype=np.uint8) for _ in range(2)]
 
     def close(self) -> None:
         """Free cache and buffers."""
@@ -243,12 +249,27 @@ class Context:
         Goes through the sequence state, which costs only the tokens in use: `llama_memory_seq_cp`
         between streams copies a whole stream however little of it is used.
         """
-        size = int(ll.llama_state_seq_get_size(self.handle, source))
-        if self._state.size < size:
-            self._state = np.empty(size + size // 4, dtype=np.uint8)
-        data = ctypes.cast(self._state.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
-        written = ll.llama_state_seq_get_data(self.handle, data, size, source)
-        if written != size:
+        state = self._save(source, 0)
+        return state is not None and self._restore(state, target)
+
+    def swap(self, left: int, right: int) -> bool:
+        """Exchange what two slots hold; False: llama.cpp refused, and both are in doubt."""
+        first, second = self._save(left, 0), self._save(right, 1)
+        if first is None or second is None:
             return False
-        self.forget(target)
-        return bool(ll.llama_state_seq_set_data(self.handle, data, size, target))
+        return self._restore(first, right) and self._restore(second, left)
+
+    def _save(self, slot: int, place: int) -> _State | None:
+        """Write a slot's state into one of two buffers; None: llama.cpp refused."""
+        size = int(ll.llama_state_seq_get_size(self.handle, slot))
+        if self._states[place].size < size:
+            self._states[place] = np.empty(size + size // 4, dtype=np.uint8)
+        state = _State(
+            ctypes.cast(self._states[place].ctypes.data, ctypes.POINTER(ctypes.c_uint8)), size
+        )
+        written = ll.llama_state_seq_get_data(self.handle, state.data, size, slot)
+        return state if written == size else None
+
+    def _restore(self, state: _State, slot: int) -> bool:
+        self.forget(slot)
+        return bool(ll.llama_state_seq_set_data(self.handle, state.data, state.size, slot))

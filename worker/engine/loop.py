@@ -26,11 +26,13 @@ __all__ = ("Loop",)
 
 log = structlog.get_logger()
 
-_MOVE_AFTER_STEPS = 4
-"""Steps for which a gap between busy slots is left to an arriving request before one is moved."""
+_TOKENS_A_GAP_STEP = 1024
+"""Tokens that can be copied in the time that one step loses to a gap between busy slots.
 
-_MOVE_AT_MOST = 2048
-"""Tokens of a sequence worth copying to close a gap."""
+Measured with SmolLM2-135M Q4_0: a gap costs a step 6 to 20 ms, a copied token 7 us. A move is made
+once the gap has cost as much, as one buys skis after renting them for their price: never more than
+twice what the best choice, known only later, would have cost.
+"""
 
 _IDLE_SECONDS = 0.5
 
@@ -177,20 +179,17 @@ class Loop:
             sequence.slot = None
 
     def _close_gap(self) -> None:
-        gap = hole(self._slots.active)
-        if gap is None:
-            self._gap_steps = 0
-            return
-        self._gap_steps += 1
-        if self._gap_steps < _MOVE_AFTER_STEPS:
-            return
-        source, target = gap
-        if self._slots.all[source].cached > _MOVE_AT_MOST:
-            return
-        if not self._context.copy(source, target):
-            raise RuntimeError(f"llama.cpp could not copy slot {source} to {target}")
-        moved = next(s for s in self._running if s.slot is self._slots.all[source])
-        moved.slot = self._slots.move(source, target)
+        while (gap := hole(self._slots.active)) is not None:
+            source, target = gap
+            tokens = self._slots.all[source].cached + self._slots.all[target].cached
+            if tokens > (self._gap_steps + 1) * _TOKENS_A_GAP_STEP:
+                self._gap_steps += 1
+                return
+            if not self._context.swap(source, target):
+                raise RuntimeError(f"llama.cpp could not swap slots {source} and {target}")
+            moved = next(s for s in self._running if s.slot is self._slots.all[source])
+            moved.slot = self._slots.swap(source, target)
+        self._gap_steps = 0
 
     # a step
 

@@ -135,13 +135,16 @@ class Slots:
         slot.busy = False
         self._touch(slot)
 
-    def move(self, source: int, target: int) -> Slot:
-        """The running sequence of `source` lives in `target` from now on."""
+    def swap(self, source: int, target: int) -> Slot:
+        """The running sequence of `source` lives in `target` from now on, and what lay there in
+        `source`: it ended a moment ago, and the next turn of its conversation may go on from it.
+        """
         old, new = self.all[source], self.all[target]
-        new.tokens, new.cached, new.prompt_size = old.tokens, old.cached, old.prompt_size
-        new.busy, old.busy = True, False
-        old.tokens = old.tokens[: old.cached]
-        self._touch(new)
+        old.tokens, new.tokens = new.tokens, old.tokens
+        old.cached, new.cached = new.cached, old.cached
+        old.prompt_size, new.prompt_size = new.prompt_size, old.prompt_size
+        old.busy, new.busy = new.busy, old.busy
+        old.used, new.used = new.used, old.used
         return new
 
     def _touch(self, slot: Slot) -> None:
