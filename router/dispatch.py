@@ -31,6 +31,8 @@ SWEEP_INTERVAL = 0.25
 BEAT_INTERVAL = 1.0
 LOADING_RETRY = 5
 """Seconds after which to ask again for a model that is being loaded."""
+HEARD_ALL = 0.7
+"""Seconds of listening after which every live worker has been heard; they beat every 0.5 s."""
 
 
 class Watched(Protocol):
@@ -57,12 +59,14 @@ class Dispatcher:
         self._cancels: dict[str, list[int]] = {}
         self._cancelled = asyncio.Event()
         self._started = time.time()
+        self._listening_since = time.monotonic()
         self._beats = 0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Listen for beats and frames, sweep, beat; ends all of it at the end."""
         beats = await self.bus.subscribe(subjects.BEATS, self._on_beat)
+        self._listening_since = time.monotonic()
         async with self.inbox.listening(self.bus), asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             for job in (self._sweep, self._beat, self._cancel):
@@ -77,9 +81,12 @@ class Dispatcher:
         await beats.leave()
 
     @property
-    def ready(self) -> bool:
-        """Whether requests can be taken."""
-        return self.bus.connected and not self.draining
+    def informed(self) -> bool:
+        """Whether it has listened long enough to know who is there.
+
+        Before that, a model whose workers are all busy looks like one that nobody serves.
+        """
+        return time.monotonic() - self._listening_since > HEARD_ALL
 
     def spawn(self, job: Coroutine[Any, Any, None]) -> None:
         """Run something beside; what it raises is logged, and ends nothing else."""
@@ -109,7 +116,7 @@ class Dispatcher:
     def on_connection(self, connected: bool) -> None:
         """The connection to NATS has come or gone."""
         if connected:
-            now = time.monotonic()
+            now = self._listening_since = time.monotonic()
             for receiver in self.inbox.receivers():
                 receiver.interrupted(now)
 

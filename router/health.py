@@ -24,6 +24,8 @@ def health_routes(dispatcher: Dispatcher, metrics: Metrics) -> list[HTTPRouteHan
             raise Unavailable("NATS is away.", retry_after=2)
         if dispatcher.draining:
             raise Unavailable("This router is shutting down.", retry_after=2)
+        if not dispatcher.informed:
+            raise Unavailable("This router is getting to know the workers.", retry_after=1)
         return Response(content=b'{"status":"ready"}', media_type="application/json")
 
     @get("/metrics", sync_to_thread=False)

@@ -60,11 +60,16 @@ async def test_a_model_whose_workers_have_left_stays_listed(router, http, start_
     assert answer.json()["meta"]["workers"] == 0
 
 
-async def test_probes(router, http):
+async def test_a_router_is_ready_once_it_has_had_time_to_hear_every_worker(
+    router, http, eventually
+):
+    early = await http.get(f"{router.url}/readyz")
     live = await http.get(f"{router.url}/livez")
-    ready = await http.get(f"{router.url}/readyz")
+    await eventually(lambda: router.dispatcher.informed)
+    late = await http.get(f"{router.url}/readyz")
 
-    assert (live.status_code, ready.status_code) == (200, 200)
+    assert (early.status_code, live.status_code, late.status_code) == (503, 200, 200)
+    assert "workers" in error(early)["message"]
 
 
 async def test_a_router_that_drains_is_not_ready(router, http):

@@ -52,8 +52,10 @@ async def test_requests_fail_at_once_and_work_again_after(
     await own_broker(port=server.port)
     await eventually(lambda: router.dispatcher.bus.connected and worker.bus.connected)
     await worker.bus.barrier()
-    assert (await http.get(f"{router.url}/readyz")).status_code == 200
+    assert not router.dispatcher.informed
     assert (await http.post(f"{router.url}{CHAT}", json=chat())).status_code == 200
+    await eventually(lambda: router.dispatcher.informed)
+    assert (await http.get(f"{router.url}/readyz")).status_code == 200
 
 
 async def test_open_answers_end_when_nats_stays_away(
