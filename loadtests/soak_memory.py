@@ -185,10 +185,12 @@ class Requests:
                     "response_format": {"type": "json_schema", "json_schema": named}
                 }
             case "bad":
-                wrong: dict[str, object] = self._random.choice(
-                    ({"model": f"unknown-{seed}"}, {"temperature": 99}, {"messages": []})
+                wrong: tuple[dict[str, object], ...] = (
+                    {"model": f"unknown-{seed}"},
+                    {"temperature": 99},
+                    {"messages": []},
                 )
-                return "/v1/chat/completions", chat | wrong
+                return "/v1/chat/completions", chat | self._random.choice(wrong)
             case "leaves" | "leaves early":
                 more = {"max_tokens": 400, "ignore_eos": True, "stream": kind == "leaves"}
                 return "/v1/chat/completions", chat | more
