@@ -20,15 +20,17 @@ from router.sse import Outlet, merge_frames, weight
 from shared.errors import MeshError
 from shared.protocol import Delta, Done, EmbedResult, End, Frame, Request
 
-__all__ = ("ABORT", "RAW_SEND", "REQUEST_ID", "STARTED", "Exchange")
+__all__ = ("ABORT", "RAW_SEND", "REQUEST_ID", "STARTED", "WRITE_CHUNK", "Exchange")
 
 RAW_SEND = "mesh.send"
 """Scope key of the server's own `send`, past Litestar's wrappers."""
 REQUEST_ID = "mesh.request_id"
 STARTED = "mesh.started"
-"""Scope key of the time (perf_counter) at which the request arrived."""
+"""Scope key of the time (monotonic) at which the request arrived."""
 ABORT = "mesh.abort"
 """Scope key of a function that cuts the connection."""
+WRITE_CHUNK = "mesh.write_chunk"
+"""Scope key of a function that writes a piece of a stream, if the client keeps up."""
 
 CLIENT_LEFT = 499
 
@@ -75,7 +77,7 @@ class Exchange:
         self._headers: list[tuple[bytes, bytes]] = []
         self._status = 0
         self._finished = False
-        self._arrived = time.perf_counter()
+        self._arrived = time.monotonic()
         self._last_token = 0.0
         self._last_write = time.monotonic()
         self._abort: Any = None
@@ -85,7 +87,12 @@ class Exchange:
         self._arrived = scope.get(STARTED, self._arrived)
         self._abort = scope.get(ABORT)
         self._headers = [(b"x-request-id", scope[REQUEST_ID].encode())]
-        self._outlet = Outlet(scope.get(RAW_SEND, send), self._dispatcher.spawn, self._writable)
+        self._outlet = Outlet(
+            scope.get(RAW_SEND, send),
+            self._dispatcher.spawn,
+            self._writable,
+            scope.get(WRITE_CHUNK) if self._stream else None,
+        )
         self._metrics.in_flight.inc()
         self._dispatcher.watched.add(self)
         try:
@@ -111,9 +118,10 @@ class Exchange:
 
     def frame(self, part: int, frame: Frame) -> None:
         """Take a frame of one part."""
+        now = time.monotonic()
         if type(frame) is Delta:
             if frame.choice == 0 and part == 0:
-                self._observe()
+                self._observe(now)
         elif isinstance(frame, End | EmbedResult):
             self._ends[part] = frame
         outlet = self._outlet
@@ -122,7 +130,7 @@ class Exchange:
         if outlet.parked:
             self._hold(part, frame)
         elif body := self._render(part, frame):
-            self._write(body)
+            self._write(outlet, body, now)
 
     def fail(self, error: MeshError) -> None:
         """End with an error: a status if none was sent yet, else an event in the stream."""
@@ -146,10 +154,9 @@ class Exchange:
             if idle > settings.reader_timeout and self._abort is not None:
                 self._abort()
         elif self._stream and idle > settings.ping_interval:
-            self._write(PING)
+            self._write(self._outlet, PING, now)
 
-    def _observe(self) -> None:
-        now = time.perf_counter()
+    def _observe(self, now: float) -> None:
         if self._last_token:
             self._metrics.gaps.observe(now - self._last_token)
         else:
@@ -168,10 +175,7 @@ class Exchange:
         self._finished = True
         return self._answer.finish([self._ends[part] for part in range(len(self._requests))])
 
-    def _write(self, body: bytes) -> None:
-        outlet = self._outlet
-        if outlet is None:
-            return
+    def _write(self, outlet: Outlet, body: bytes, now: float) -> None:
         if not self._status:
             self._status = 200
             if self._stream:
@@ -179,7 +183,7 @@ class Exchange:
             else:
                 length = (b"content-length", b"%d" % len(body))
                 outlet.start(200, [JSON, length, *self._headers])
-        self._last_write = time.monotonic()
+        self._last_write = now
         outlet.write(body, more=not self._finished)
 
     def _write_failure(self, outlet: Outlet, error: MeshError) -> None:
@@ -207,9 +211,9 @@ class Exchange:
         held, self._held = merge_frames(self._held), []
         self._held_size = 0
         body = b"".join(self._render(part, frame) for part, frame in held)
-        self._last_write = time.monotonic()
+        self._last_write = now = time.monotonic()
         if body:
-            self._write(body)
+            self._write(outlet, body, now)
         if self._failure is not None and not self._finished:
             self._write_failure(outlet, self._failure)
 
@@ -220,7 +224,7 @@ class Exchange:
         self._held.clear()
         status = self._status if self._finished else CLIENT_LEFT
         metrics = self._metrics
-        metrics.ended(self._route, status, time.perf_counter() - self._arrived)
+        metrics.ended(self._route, status, time.monotonic() - self._arrived)
         for end in self._ends.values():
             metrics.prompt_tokens.inc(end.usage.prompt)
             metrics.cached_tokens.inc(end.usage.cached)

@@ -38,7 +38,7 @@ class Front:
             return
         identity = request_id(scope["headers"])
         scope[REQUEST_ID] = identity
-        scope[STARTED] = time.perf_counter()
+        scope[STARTED] = time.monotonic()
         # An exchange writes its own headers and counts itself.
         scope[RAW_SEND] = send
 

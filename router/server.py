@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from router.app import create_app
 from router.dispatch import Dispatcher
-from router.exchange import ABORT
+from router.exchange import ABORT, WRITE_CHUNK
 from router.settings import Settings
 from shared.bus import Bus
 
@@ -38,13 +38,28 @@ class StartFailed(Exception):
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's protocol, which also lets an answer cut its connection."""
+    """uvicorn's protocol, which also lets an answer cut its connection, and write past `send`.
+
+    Leans on three names of uvicorn's own: `scope`, `transport` and `flow`.
+    """
 
     def on_message_begin(self) -> None:
         """Begin a request."""
         super().on_message_begin()
         scope: Any = self.scope
         scope[ABORT] = self.transport.abort
+        scope[WRITE_CHUNK] = self.write_chunk
+
+    def write_chunk(self, body: bytes) -> bool:
+        """Write a piece of a chunked response that has begun; it must not be empty.
+
+        Returns False, having written nothing, if the client is slow or gone: `send` knows what to
+        do then. Passing a token through `send` would take a fifth of the router's time for it.
+        """
+        if self.flow.write_paused or self.transport.is_closing():
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return True
 
 
 class Server(uvicorn.Server):

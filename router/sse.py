@@ -3,7 +3,8 @@
 A task woken per token would cost more than the token. Instead the ASGI `send` coroutine is run in
 place; with uvicorn it ends without suspending as long as the client reads. When it does suspend,
 because the client is slow, a task of its own brings it to its end, and what comes meanwhile waits
-here, merged, without holding up anybody else.
+here, merged, without holding up anybody else. Where the server offers it, pieces of a stream are
+written without even the coroutine.
 """
 
 import types
@@ -19,17 +20,25 @@ __all__ = ("Outlet", "merge_frames", "weight")
 Message = dict[str, Any]
 Send = Callable[[Message], Coroutine[Any, Any, None]]
 Spawn = Callable[[Coroutine[Any, Any, None]], object]
+WriteChunk = Callable[[bytes], bool]
 
 
 class Outlet:
     """One response, written without waiting."""
 
-    __slots__ = ("_on_writable", "_queue", "_send", "_spawn", "parked")
+    __slots__ = ("_on_writable", "_queue", "_send", "_spawn", "_write_chunk", "parked")
 
-    def __init__(self, send: Send, spawn: Spawn, on_writable: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        send: Send,
+        spawn: Spawn,
+        on_writable: Callable[[], None],
+        write_chunk: WriteChunk | None = None,
+    ) -> None:
         self._send = send
         self._spawn = spawn
         self._on_writable = on_writable
+        self._write_chunk = write_chunk
         self._queue: deque[Message] = deque()
         self.parked = False
         """Whether the client is slower than we are; then writes wait."""
@@ -39,7 +48,9 @@ class Outlet:
         self._push({"type": "http.response.start", "status": status, "headers": headers})
 
     def write(self, body: bytes, *, more: bool) -> None:
-        """Send a piece of the body; `more` false ends the response."""
+        """Send a piece of the body, which is not empty; `more` false ends the response."""
+        if more and not self.parked and self._write_chunk is not None and self._write_chunk(body):
+            return
         self._push({"type": "http.response.body", "body": body, "more_body": more})
 
     def _push(self, message: Message) -> None:

@@ -195,7 +195,7 @@ class Cancel(msgspec.Struct, frozen=True, array_like=True):
     attempts: tuple[int, ...]
 
 
-class Accepted(msgspec.Struct, frozen=True, array_like=True, tag="a"):
+class Accepted(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="a"):
     """The worker has taken the attempt: it runs, or waits as number `position` in the queue."""
 
     attempt: int
@@ -203,7 +203,7 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag="a"):
     position: int = 0
 
 
-class Busy(msgspec.Struct, frozen=True, array_like=True, tag="b"):
+class Busy(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="b"):
     """Slots and queue are full; nothing was kept. `retry_after` is a guess in seconds."""
 
     attempt: int
@@ -232,7 +232,7 @@ class ToolDelta(msgspec.Struct, frozen=True, array_like=True):
     arguments: str = ""
 
 
-class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
+class Delta(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="d"):
     """New tokens of one choice.
 
     `first` is the index of `tokens[0]` in the choice's output. Text may lag behind tokens (a
@@ -250,7 +250,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     reasoning: str = ""
 
 
-class Done(msgspec.Struct, frozen=True, array_like=True, tag="o"):
+class Done(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="o"):
     """A choice is complete after `count` tokens; `stopped_by` is the stop string that ended it."""
 
     attempt: int
@@ -278,7 +278,7 @@ class Timings(msgspec.Struct, frozen=True, array_like=True):
     decode_ms: float
 
 
-class End(msgspec.Struct, frozen=True, array_like=True, tag="e"):
+class End(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="e"):
     """The last frame of a generation."""
 
     attempt: int
@@ -286,7 +286,7 @@ class End(msgspec.Struct, frozen=True, array_like=True, tag="e"):
     timings: Timings
 
 
-class EmbedResult(msgspec.Struct, frozen=True, array_like=True, tag="v"):
+class EmbedResult(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="v"):
     """The last frame of an embedding: per input little-endian float32s, unit length."""
 
     attempt: int
@@ -294,7 +294,7 @@ class EmbedResult(msgspec.Struct, frozen=True, array_like=True, tag="v"):
     usage: Usage
 
 
-class Fail(msgspec.Struct, frozen=True, array_like=True, tag="f"):
+class Fail(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="f"):
     """The attempt ends without an answer; `code` is one of `shared.errors`."""
 
     attempt: int
