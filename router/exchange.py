@@ -93,7 +93,7 @@ class Exchange:
             self._writable,
             scope.get(WRITE_CHUNK) if self._stream else None,
         )
-        self._metrics.in_flight.inc()
+        self._metrics.in_flight += 1
         self._dispatcher.watched.add(self)
         try:
             await self._place()
@@ -101,7 +101,7 @@ class Exchange:
             while (await receive())["type"] != "http.disconnect":
                 pass
         finally:
-            self._metrics.in_flight.dec()
+            self._metrics.in_flight -= 1
             self._dispatcher.watched.discard(self)
             self._close()
 
@@ -226,8 +226,8 @@ class Exchange:
         metrics = self._metrics
         metrics.ended(self._route, status, time.monotonic() - self._arrived)
         for end in self._ends.values():
-            metrics.prompt_tokens.inc(end.usage.prompt)
-            metrics.cached_tokens.inc(end.usage.cached)
-            metrics.completion_tokens.inc(end.usage.completion)
+            metrics.prompt_tokens += end.usage.prompt
+            metrics.cached_tokens += end.usage.cached
+            metrics.completion_tokens += end.usage.completion
             if isinstance(end, End):
                 metrics.queue_time.observe(end.timings.queue_ms / 1000)

@@ -6,7 +6,7 @@ from random import getrandbits
 from typing import Any
 
 from router.exchange import RAW_SEND, REQUEST_ID, STARTED
-from router.metrics import UNKNOWN, Metrics
+from router.metrics import Metrics
 
 __all__ = ("Front", "request_id")
 
@@ -47,9 +47,7 @@ class Front:
                 message["headers"] = [*message["headers"], (_NAME, identity.encode())]
                 route = scope.get("path_template", "")
                 if not route or route.startswith("/v1/"):
-                    self._metrics.requests.labels(
-                        UNKNOWN, route or "other", str(message["status"])
-                    ).inc()
+                    self._metrics.other(route or "other", message["status"])
             await send(message)
 
         await self._app(scope, receive, tagged)
