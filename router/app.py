@@ -12,6 +12,7 @@ from router.health import health_routes
 from router.inference import inference_routes
 from router.metrics import Metrics
 from router.models import model_routes
+from router.openapi import openapi_route
 from router.problems import (
     MethodNotAllowed,
     RouteNotFound,
@@ -34,9 +35,10 @@ def create_app(dispatcher: Dispatcher, settings: Settings) -> Front:
             *inference_routes(dispatcher, metrics, settings),
             *model_routes(dispatcher),
             *health_routes(dispatcher, metrics),
+            openapi_route(),
         ],
         exception_handlers={Exception: _respond},
-        openapi_config=None,
+        openapi_config=None,  # router.openapi describes what Litestar cannot see
         logging_config=None,
     )
     return Front(app, metrics)

@@ -6,24 +6,27 @@ that "nobody is there" can be told from "never heard of".
 """
 
 from collections import OrderedDict
+from typing import Literal
 
 import msgspec
 
 from shared.protocol import Beat, ModelState
 
-__all__ = ("EXPIRY", "Fleet", "ModelView")
+__all__ = ("EXPIRY", "Availability", "Fleet", "ModelView")
 
 EXPIRY = 2.0
 REMEMBERED = 1024
 
 _STATE_ORDER = {"ready": 0, "draining": 1, "loading": 2, "failed": 3}
 
+Availability = Literal["ready", "draining", "loading", "failed", "unavailable"]
+
 
 class ModelView(msgspec.Struct, frozen=True):
     """One model over all workers, for `/v1/models`."""
 
     name: str
-    state: str
+    state: Availability
     """The best that any worker says, or `unavailable` when no worker is left."""
     workers: int
     context: int

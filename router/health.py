@@ -1,5 +1,8 @@
 """Probes and metrics: whether the process lives, whether it can serve, and what it has done."""
 
+from typing import Literal
+
+import msgspec
 from litestar import Response, get
 from litestar.handlers import HTTPRouteHandler
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -8,7 +11,15 @@ from router.dispatch import Dispatcher
 from router.metrics import Metrics
 from shared.errors import Unavailable
 
-__all__ = ("health_routes",)
+__all__ = ("Health", "health_routes")
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Health(msgspec.Struct, frozen=True):
+    """What a probe is told when all is well."""
+
+    status: Literal["alive", "ready"]
 
 
 def health_routes(dispatcher: Dispatcher, metrics: Metrics) -> list[HTTPRouteHandler]:
@@ -16,7 +27,7 @@ def health_routes(dispatcher: Dispatcher, metrics: Metrics) -> list[HTTPRouteHan
 
     @get("/livez", sync_to_thread=False)
     def livez() -> Response[bytes]:
-        return Response(content=b'{"status":"alive"}', media_type="application/json")
+        return Response(content=_encode(Health("alive")), media_type="application/json")
 
     @get("/readyz", sync_to_thread=False)
     def readyz() -> Response[bytes]:
@@ -26,7 +37,7 @@ def health_routes(dispatcher: Dispatcher, metrics: Metrics) -> list[HTTPRouteHan
             raise Unavailable("This router is shutting down.", retry_after=2)
         if not dispatcher.informed:
             raise Unavailable("This router is getting to know the workers.", retry_after=1)
-        return Response(content=b'{"status":"ready"}', media_type="application/json")
+        return Response(content=_encode(Health("ready")), media_type="application/json")
 
     @get("/metrics", sync_to_thread=False)
     def prometheus() -> Response[bytes]:

@@ -1,9 +1,9 @@
 """The routes that generate: body in, calls out, answer by an `Exchange`."""
 
-import math
 import time
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 from litestar import Request, post
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
@@ -26,9 +26,16 @@ from router.settings import Settings
 from shared.errors import InvalidRequest, Unavailable
 from shared.protocol import TextInput
 
-__all__ = ("inference_routes",)
+__all__ = ("RequestTimeout", "inference_routes")
 
-LONGEST_TIMEOUT = 86_400.0
+RequestTimeout = Annotated[
+    float,
+    msgspec.Meta(
+        gt=0, le=86_400, description="a number of seconds above 0 and at most 86400 (a day)"
+    ),
+]
+"""`X-Request-Timeout`: how long the answer may take in all."""
+_decode_timeout = msgspec.json.Decoder(RequestTimeout).decode
 
 
 class Origin(NamedTuple):
@@ -128,13 +135,9 @@ def _origin(scope: Any, settings: Settings) -> dict[str, Any]:
 
 def _timeout(value: bytes) -> float:
     try:
-        timeout = float(value)
-    except ValueError:
-        timeout = math.nan
-    if not 0 < timeout <= LONGEST_TIMEOUT:
+        return _decode_timeout(value)
+    except msgspec.MsgspecError as error:
         raise InvalidRequest(
-            f"'X-Request-Timeout' must be a number of seconds above 0 and at most "
-            f"{LONGEST_TIMEOUT:g}.",
+            "'X-Request-Timeout' must be a number of seconds above 0 and at most 86400.",
             param="X-Request-Timeout",
-        )
-    return timeout
+        ) from error

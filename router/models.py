@@ -1,17 +1,46 @@
 """`/v1/models`: what is served, in OpenAI's form, with what the mesh knows beside it."""
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from litestar import Request, Response, get
 from litestar.handlers import HTTPRouteHandler
 
 from router.dispatch import Dispatcher
-from router.fleet import ModelView
+from router.fleet import Availability, ModelView
 
-__all__ = ("model_routes",)
+__all__ = ("ModelList", "ModelObject", "model_routes")
 
 _encode = msgspec.json.Encoder().encode
+
+
+class ModelMeta(msgspec.Struct, frozen=True):
+    """What the mesh knows of a model."""
+
+    state: Availability
+    """The best that any worker says; `unavailable` when no worker is left."""
+    workers: int
+    """Workers that are ready to serve it."""
+    context: int
+    """Most tokens that a prompt and its answer may have together."""
+    embeddings: bool
+
+
+class ModelObject(msgspec.Struct, frozen=True):
+    """One model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    meta: ModelMeta
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    """The answer of `/v1/models`."""
+
+    object: Literal["list"]
+    data: list[ModelObject]
 
 
 def model_routes(dispatcher: Dispatcher) -> list[HTTPRouteHandler]:
@@ -19,7 +48,7 @@ def model_routes(dispatcher: Dispatcher) -> list[HTTPRouteHandler]:
 
     @get("/v1/models", sync_to_thread=False)
     def models() -> Response[bytes]:
-        return _json({"object": "list", "data": [_object(v) for v in dispatcher.fleet.models()]})
+        return _json(ModelList("list", [_object(view) for view in dispatcher.fleet.models()]))
 
     @get("/v1/models/{name:path}", sync_to_thread=False)
     def model(request: Request[Any, Any, Any]) -> Response[bytes]:
@@ -33,19 +62,14 @@ def model_routes(dispatcher: Dispatcher) -> list[HTTPRouteHandler]:
     return [models, model]
 
 
-def _object(view: ModelView) -> dict[str, Any]:
-    return {
-        "id": view.name,
-        "object": "model",
-        "created": view.created,
-        "owned_by": "mesh",
-        "meta": {
-            "state": view.state,
-            "workers": view.workers,
-            "context": view.context,
-            "embeddings": view.embeddings,
-        },
-    }
+def _object(view: ModelView) -> ModelObject:
+    return ModelObject(
+        id=view.name,
+        object="model",
+        created=view.created,
+        owned_by="mesh",
+        meta=ModelMeta(view.state, view.workers, view.context, view.embeddings),
+    )
 
 
 def _json(value: Any) -> Response[bytes]:

@@ -9,6 +9,7 @@ from shared.errors import MeshError
 
 __all__ = (
     "JSON",
+    "ErrorAnswer",
     "MethodNotAllowed",
     "RouteNotFound",
     "UnsupportedMediaType",
@@ -46,18 +47,24 @@ class UnsupportedMediaType(MeshError):
     code = "unsupported_media_type"
 
 
+class ErrorObject(msgspec.Struct, frozen=True):
+    """OpenAI's error; `param` names the field at fault, `code` is for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(msgspec.Struct, frozen=True):
+    """The answer of every request that failed."""
+
+    error: ErrorObject
+
+
 def error_body(error: MeshError) -> bytes:
     """Encode OpenAI's error object."""
-    return _encode(
-        {
-            "error": {
-                "message": error.message,
-                "type": error.type,
-                "param": error.param,
-                "code": error.code,
-            }
-        }
-    )
+    return _encode(ErrorAnswer(ErrorObject(error.message, error.type, error.param, error.code)))
 
 
 def error_headers(error: MeshError) -> list[tuple[bytes, bytes]]:

@@ -1,13 +1,15 @@
 """What every dialect's answer has in common: the contract, and the parts that look alike.
 
 An answer is fed the frames of its request, in order and checked, and gives bytes: for a stream
-those to send at once, for a whole answer nothing until `finish`.
+those to send at once, for a whole answer nothing until `finish`. Whole answers are Structs, from
+which the OpenAPI description is derived.
 """
 
 import time
 from typing import Any, Protocol
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from shared.protocol import Delta, Done, EmbedResult, End, Timings, ToolDelta, Usage
 
@@ -17,6 +19,9 @@ __all__ = (
     "PING",
     "Answer",
     "Completed",
+    "PromptDetails",
+    "TimingsObject",
+    "UsageObject",
     "add_timings",
     "add_usage",
     "encode",
@@ -42,6 +47,32 @@ _LINE_ENDS = (
 )
 
 Completed = End | EmbedResult
+
+
+class PromptDetails(msgspec.Struct, frozen=True):
+    """Tokens of the prompt whose KV was reused."""
+
+    cached_tokens: int
+
+
+class UsageObject(msgspec.Struct, frozen=True):
+    """OpenAI's usage."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class TimingsObject(msgspec.Struct, frozen=True):
+    """Where the time went on the worker, and what speculation brought."""
+
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    tokens_per_second: float
+    drafted: int | UnsetType = UNSET
+    accepted: int | UnsetType = UNSET
 
 
 class Answer(Protocol):
@@ -83,28 +114,27 @@ def _one_line(data: bytes) -> bytes:
     return data
 
 
-def usage_object(usage: Usage) -> dict[str, Any]:
-    """OpenAI's usage."""
-    return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.completion,
-        "total_tokens": usage.prompt + usage.completion,
-        "prompt_tokens_details": {"cached_tokens": usage.cached},
-    }
+def usage_object(usage: Usage) -> UsageObject:
+    """Tokens as OpenAI counts them."""
+    return UsageObject(
+        prompt_tokens=usage.prompt,
+        completion_tokens=usage.completion,
+        total_tokens=usage.prompt + usage.completion,
+        prompt_tokens_details=PromptDetails(usage.cached),
+    )
 
 
-def timings_object(timings: Timings, usage: Usage) -> dict[str, Any]:
-    """Where the time went on the worker, and what speculation brought."""
+def timings_object(timings: Timings, usage: Usage) -> TimingsObject:
+    """Times in milliseconds, rounded; drafts only where there were any."""
     rate = usage.completion * 1000 / timings.decode_ms if timings.decode_ms > 0 else 0.0
-    result: dict[str, Any] = {
-        "queue_ms": round(timings.queue_ms, 3),
-        "prefill_ms": round(timings.prefill_ms, 3),
-        "decode_ms": round(timings.decode_ms, 3),
-        "tokens_per_second": round(rate, 2),
-    }
-    if usage.drafted:
-        result |= {"drafted": usage.drafted, "accepted": usage.accepted}
-    return result
+    return TimingsObject(
+        queue_ms=round(timings.queue_ms, 3),
+        prefill_ms=round(timings.prefill_ms, 3),
+        decode_ms=round(timings.decode_ms, 3),
+        tokens_per_second=round(rate, 2),
+        drafted=usage.drafted if usage.drafted else UNSET,
+        accepted=usage.accepted if usage.drafted else UNSET,
+    )
 
 
 def add_usage(ends: list[Completed]) -> Usage:

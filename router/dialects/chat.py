@@ -22,8 +22,16 @@ from shared.protocol import (
 __all__ = ("ChatRequest", "chat_to_generate", "parse_chat")
 
 
-class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
+class TextPart(msgspec.Struct, frozen=True):
     """A piece of text."""
+
+    text: str
+    # No tag: msgspec takes it as optional where there is nothing to tell apart.
+    type: Literal["text"]
+
+
+class AssistantTextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
+    """A piece of text an assistant gave earlier."""
 
     text: str
 
@@ -38,7 +46,7 @@ TextContent = Annotated[
     str | list[TextPart], Meta(description="a string or an array of parts of type 'text'")
 ]
 AssistantContent = Annotated[
-    str | list[TextPart | RefusalPart],
+    str | list[AssistantTextPart | RefusalPart],
     Meta(description="a string or an array of parts of type 'text' or 'refusal'"),
 ]
 
@@ -327,10 +335,12 @@ def _message(message: AnyMessage) -> Message:
             )
 
 
-def _text(content: str | list[TextPart] | list[TextPart | RefusalPart]) -> str:
+def _text(content: str | list[TextPart] | list[AssistantTextPart | RefusalPart]) -> str:
     if isinstance(content, str):
         return content
-    return "\n".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
+    return "\n".join(
+        part.refusal if isinstance(part, RefusalPart) else part.text for part in content
+    )
 
 
 def _tools(request: ChatRequest) -> tuple[Tool, ...]:

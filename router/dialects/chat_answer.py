@@ -5,7 +5,9 @@ per choice, and a token costs one JSON string and two joins.
 """
 
 from random import getrandbits
-from typing import Any
+from typing import Any, Literal
+
+from msgspec import UNSET
 
 from router.dialects.answer import (
     DONE,
@@ -20,6 +22,21 @@ from router.dialects.answer import (
     quote,
     timings_object,
     usage_object,
+)
+from router.dialects.chat_objects import (
+    AnsweredCall,
+    AnsweredFunction,
+    AnsweredMessage,
+    CallPiece,
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChunkChoice,
+    FunctionPiece,
+    TokenEntry,
+    TopLogprob,
 )
 from shared.protocol import Delta, Done, TokenLogprob, ToolDelta
 
@@ -47,7 +64,7 @@ class ChatStream:
         )
         # The first chunk of a choice names the role; taken out once it was sent.
         self._roles = [
-            self._chunk(choice, {"role": "assistant", "content": "", "refusal": None})
+            self._chunk(choice, ChatDelta(role="assistant", content="", refusal=None))
             for choice in range(n)
         ]
         self._held = b""
@@ -69,7 +86,7 @@ class ChatStream:
     def done(self, part: int, frame: Done) -> bytes:
         """Render the end of a choice, held back by one so that the last can carry the timings."""
         role, self._roles[frame.choice] = self._roles[frame.choice], b""
-        ready, self._held = self._held, self._chunk(frame.choice, {}, reason=frame.reason)
+        ready, self._held = self._held, self._chunk(frame.choice, ChatDelta(), reason=frame.reason)
         return ready + role
 
     def finish(self, ends: list[Completed]) -> bytes:
@@ -78,32 +95,31 @@ class ChatStream:
         timings = b',"timings":%b}\n\n' % encode(timings_object(add_timings(ends), usage))
         if not self._include_usage:
             return self._held[: -len(b"}\n\n")] + timings + DONE
-        last = event(self._common | {"choices": [], "usage": usage_object(usage)})
+        last = event(ChatChunk(**self._common, choices=[], usage=usage_object(usage)))
         return self._held + last[: -len(b"}\n\n")] + timings + DONE
 
     def _chunk(
         self,
         choice: int,
-        delta: dict[str, Any],
+        delta: ChatDelta,
         *,
-        reason: str | None = None,
-        logprobs: dict[str, Any] | None = None,
+        reason: Literal["stop", "length", "tool_calls"] | None = None,
+        logprobs: ChatLogprobs | None = None,
     ) -> bytes:
-        value = self._common | {
-            "choices": [
-                {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-            ]
-        }
-        return event(value | {"usage": None} if self._include_usage else value)
+        return event(
+            ChatChunk(
+                **self._common,
+                choices=[ChunkChoice(choice, delta, logprobs, reason)],
+                usage=None if self._include_usage else UNSET,
+            )
+        )
 
     def _rich(self, frame: Delta) -> bytes:
-        delta: dict[str, Any] = {}
-        if frame.reasoning:
-            delta["reasoning_content"] = frame.reasoning
-        if frame.text or not (frame.tools or frame.reasoning):
-            delta["content"] = frame.text
-        if frame.tools:
-            delta["tool_calls"] = [_tool_piece(piece) for piece in merge_tools(frame.tools)]
+        delta = ChatDelta(
+            reasoning_content=frame.reasoning or UNSET,
+            content=frame.text if frame.text or not (frame.tools or frame.reasoning) else UNSET,
+            tool_calls=[_tool_piece(piece) for piece in merge_tools(frame.tools)] or UNSET,
+        )
         logprobs = logprobs_object(frame.logprobs) if frame.logprobs else None
         return self._chunk(frame.choice, delta, logprobs=logprobs)
 
@@ -114,7 +130,7 @@ class _Choice:
         self.reasoning: list[str] = []
         self.logprobs: list[TokenLogprob] = []
         self.tools: list[ToolDelta] = []
-        self.reason = "stop"
+        self.reason: Literal["stop", "length", "tool_calls"] = "stop"
 
 
 class ChatAnswer:
@@ -143,69 +159,58 @@ class ChatAnswer:
         """Render the answer."""
         usage = add_usage(ends)
         return encode(
-            {
-                "id": f"chatcmpl-{getrandbits(96):024x}",
-                "object": "chat.completion",
-                "created": now(),
-                "model": self._model,
-                "choices": [
-                    {
-                        "index": index,
-                        "message": _message(choice),
-                        "logprobs": logprobs_object(choice.logprobs) if self._logprobs else None,
-                        "finish_reason": choice.reason,
-                    }
+            ChatCompletion(
+                id=f"chatcmpl-{getrandbits(96):024x}",
+                object="chat.completion",
+                created=now(),
+                model=self._model,
+                choices=[
+                    ChatChoice(
+                        index=index,
+                        message=_message(choice),
+                        logprobs=logprobs_object(choice.logprobs) if self._logprobs else None,
+                        finish_reason=choice.reason,
+                    )
                     for index, choice in enumerate(self._choices)
                 ],
-                "usage": usage_object(usage),
-                "timings": timings_object(add_timings(ends), usage),
-            }
+                usage=usage_object(usage),
+                timings=timings_object(add_timings(ends), usage),
+            )
         )
 
 
-def _message(choice: _Choice) -> dict[str, Any]:
+def _message(choice: _Choice) -> AnsweredMessage:
     text = "".join(choice.text)
-    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-    if reasoning := "".join(choice.reasoning):
-        message["reasoning_content"] = reasoning
-    if choice.tools:
-        message["content"] = text or None
-        message["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in merge_tools(tuple(choice.tools))
-        ]
-    return message
+    calls = [
+        AnsweredCall(call.id, "function", AnsweredFunction(call.name, call.arguments))
+        for call in merge_tools(tuple(choice.tools))
+    ]
+    return AnsweredMessage(
+        role="assistant",
+        content=text if text or not calls else None,
+        reasoning_content="".join(choice.reasoning) or UNSET,
+        tool_calls=calls or UNSET,
+    )
 
 
-def _tool_piece(piece: ToolDelta) -> dict[str, Any]:
+def _tool_piece(piece: ToolDelta) -> CallPiece:
     if not piece.name:
-        return {"index": piece.index, "function": {"arguments": piece.arguments}}
-    return {
-        "index": piece.index,
-        "id": piece.id,
-        "type": "function",
-        "function": {"name": piece.name, "arguments": piece.arguments},
-    }
+        return CallPiece(piece.index, FunctionPiece(piece.arguments))
+    return CallPiece(
+        piece.index, FunctionPiece(piece.arguments, piece.name), id=piece.id, type="function"
+    )
 
 
-def logprobs_object(entries: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> dict[str, Any]:
+def logprobs_object(entries: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> ChatLogprobs:
     """OpenAI's logprobs of a chat choice."""
-    return {
-        "content": [
-            _logprob(entry) | {"top_logprobs": [_logprob(top) for top in entry.top]}
+    return ChatLogprobs(
+        [
+            TokenEntry(
+                entry.text,
+                max(LOWEST, entry.logprob),
+                list(entry.data),
+                [TopLogprob(t.text, max(LOWEST, t.logprob), list(t.data)) for t in entry.top],
+            )
             for entry in entries
-        ],
-        "refusal": None,
-    }
-
-
-def _logprob(entry: TokenLogprob) -> dict[str, Any]:
-    return {
-        "token": entry.text,
-        "logprob": max(LOWEST, entry.logprob),
-        "bytes": list(entry.data),
-    }
+        ]
+    )

@@ -4,12 +4,17 @@ The choice `j` of prompt `i` has the index `i * n + j`.
 """
 
 from random import getrandbits
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
 
 from router.dialects.answer import (
     DONE,
     LOWEST,
     Completed,
+    TimingsObject,
+    UsageObject,
     add_timings,
     add_usage,
     encode,
@@ -21,7 +26,60 @@ from router.dialects.answer import (
 )
 from shared.protocol import Delta, Done, TokenLogprob
 
-__all__ = ("CompletionAnswer", "CompletionStream")
+__all__ = ("CompletionAnswer", "CompletionStream", "TextChunk", "TextCompletion")
+
+Reason = Literal["stop", "length", "tool_calls"]
+
+
+class TextLogprobs(msgspec.Struct, frozen=True):
+    """The older logprobs: parallel arrays, with each token's place in the text."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(msgspec.Struct, frozen=True):
+    """One of the `n` texts of one of the prompts."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Reason
+
+
+class TextCompletion(msgspec.Struct, frozen=True):
+    """The answer of `/v1/completions`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: UsageObject
+    timings: TimingsObject
+
+
+class TextChunkChoice(msgspec.Struct, frozen=True):
+    """What is new in one of the texts."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Reason | None
+
+
+class TextChunk(msgspec.Struct, frozen=True):
+    """One event of a stream; usage comes with the last one if asked for, timings always do."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChunkChoice]
+    usage: UsageObject | UnsetType | None = UNSET
+    timings: TimingsObject | UnsetType = UNSET
 
 
 class CompletionStream:
@@ -75,7 +133,7 @@ class CompletionStream:
         timings = b',"timings":%b}\n\n' % encode(timings_object(add_timings(ends), usage))
         if not self._include_usage:
             return self._held[: -len(b"}\n\n")] + timings + DONE
-        last = event(self._common | {"choices": [], "usage": usage_object(usage)})
+        last = event(TextChunk(**self._common, choices=[], usage=usage_object(usage)))
         return self._held + last[: -len(b"}\n\n")] + timings + DONE
 
     def _chunk(
@@ -83,15 +141,16 @@ class CompletionStream:
         choice: int,
         text: str,
         *,
-        reason: str | None = None,
-        logprobs: dict[str, Any] | None = None,
+        reason: Reason | None = None,
+        logprobs: TextLogprobs | None = None,
     ) -> bytes:
-        value = self._common | {
-            "choices": [
-                {"index": choice, "text": text, "logprobs": logprobs, "finish_reason": reason}
-            ]
-        }
-        return event(value | {"usage": None} if self._include_usage else value)
+        return event(
+            TextChunk(
+                **self._common,
+                choices=[TextChunkChoice(choice, text, logprobs, reason)],
+                usage=None if self._include_usage else UNSET,
+            )
+        )
 
 
 class CompletionAnswer:
@@ -105,7 +164,7 @@ class CompletionAnswer:
         self._echoes = [prompts[choice // n] for choice in range(count)]
         self._texts: list[list[str]] = [[echo] for echo in self._echoes]
         self._entries: list[list[TokenLogprob]] = [[] for _ in range(count)]
-        self._reasons = ["stop"] * count
+        self._reasons: list[Reason] = ["stop"] * count
 
     def delta(self, part: int, frame: Delta) -> bytes:
         """Keep new tokens."""
@@ -123,43 +182,43 @@ class CompletionAnswer:
         """Render the answer."""
         usage = add_usage(ends)
         return encode(
-            {
-                "id": f"cmpl-{getrandbits(96):024x}",
-                "object": "text_completion",
-                "created": now(),
-                "model": self._model,
-                "choices": [
-                    {
-                        "index": index,
-                        "text": "".join(text),
-                        "logprobs": (
+            TextCompletion(
+                id=f"cmpl-{getrandbits(96):024x}",
+                object="text_completion",
+                created=now(),
+                model=self._model,
+                choices=[
+                    TextChoice(
+                        index=index,
+                        text="".join(text),
+                        logprobs=(
                             logprobs_object(self._entries[index], len(self._echoes[index]))
                             if self._logprobs
                             else None
                         ),
-                        "finish_reason": self._reasons[index],
-                    }
+                        finish_reason=self._reasons[index],
+                    )
                     for index, text in enumerate(self._texts)
                 ],
-                "usage": usage_object(usage),
-                "timings": timings_object(add_timings(ends), usage),
-            }
+                usage=usage_object(usage),
+                timings=timings_object(add_timings(ends), usage),
+            )
         )
 
 
 def logprobs_object(
     entries: list[TokenLogprob] | tuple[TokenLogprob, ...], offset: int
-) -> dict[str, Any]:
-    """The older logprobs: parallel arrays, with each token's place in the text."""
+) -> TextLogprobs:
+    """Entries as parallel arrays; `offset` is where the first token begins."""
     offsets = []
     for entry in entries:
         offsets.append(offset)
         offset += len(entry.text)
-    return {
-        "tokens": [entry.text for entry in entries],
-        "token_logprobs": [max(LOWEST, entry.logprob) for entry in entries],
-        "top_logprobs": [
+    return TextLogprobs(
+        tokens=[entry.text for entry in entries],
+        token_logprobs=[max(LOWEST, entry.logprob) for entry in entries],
+        top_logprobs=[
             {top.text: max(LOWEST, top.logprob) for top in entry.top} for entry in entries
         ],
-        "text_offset": offsets,
-    }
+        text_offset=offsets,
+    )

@@ -15,7 +15,13 @@ from router.dialects.validation import decode_body
 from shared.errors import InvalidRequest
 from shared.protocol import Delta, Done, Embed, EmbedResult
 
-__all__ = ("EmbeddingAnswer", "EmbeddingRequest", "embedding_to_embed", "parse_embedding")
+__all__ = (
+    "EmbeddingAnswer",
+    "EmbeddingList",
+    "EmbeddingRequest",
+    "embedding_to_embed",
+    "parse_embedding",
+)
 
 MOST_INPUTS = 2048
 
@@ -39,6 +45,30 @@ class EmbeddingRequest(msgspec.Struct, frozen=True):
         Annotated[int, Meta(ge=1, le=65_536, description="an integer from 1 to 65536")] | None
     ) = None
     user: str | None = None
+
+
+class EmbeddingUsage(msgspec.Struct, frozen=True):
+    """OpenAI's usage of embeddings."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingObject(msgspec.Struct, frozen=True):
+    """The vector of one input: numbers, or base64 of little-endian float32s."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(msgspec.Struct, frozen=True):
+    """The answer of `/v1/embeddings`."""
+
+    object: Literal["list"]
+    data: list[EmbeddingObject]
+    model: str
+    usage: EmbeddingUsage
 
 
 _decoder = msgspec.json.Decoder(EmbeddingRequest)
@@ -94,15 +124,15 @@ class EmbeddingAnswer:
         vectors = [v for end in ends if isinstance(end, EmbedResult) for v in end.vectors]
         tokens = sum(end.usage.prompt for end in ends)
         return encode(
-            {
-                "object": "list",
-                "data": [
-                    {"object": "embedding", "index": index, "embedding": self._render(vector)}
+            EmbeddingList(
+                object="list",
+                data=[
+                    EmbeddingObject("embedding", index, self._render(vector))
                     for index, vector in enumerate(vectors)
                 ],
-                "model": self._model,
-                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-            }
+                model=self._model,
+                usage=EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens),
+            )
         )
 
 

@@ -46,10 +46,14 @@ MaxTokens = Annotated[
 ]
 Seed = Annotated[int, Meta(description="an integer")]
 Token = Annotated[int, Meta(ge=0, le=2**31 - 1, description="a token id, an integer of at least 0")]
-BiasKey = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+BiasKey = Annotated[int, Meta(ge=0, le=999_999_999)]
 LogitBias = Annotated[
     dict[BiasKey, Annotated[float, Meta(ge=-100, le=100, description="a number from -100 to 100")]],
-    Meta(description="an object of token ids to numbers from -100 to 100"),
+    Meta(
+        description="an object of token ids to numbers from -100 to 100",
+        # msgspec checks the keys by their type, but does not describe them.
+        extra_json_schema={"propertyNames": {"pattern": "^[0-9]{1,9}$"}},
+    ),
 ]
 StopString = Annotated[str, Meta(min_length=1, description="a string that is not empty")]
 Stop = Annotated[
