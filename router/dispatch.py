@@ -28,6 +28,8 @@ __all__ = ("Dispatcher", "Watched")
 log = structlog.get_logger(__name__)
 
 SWEEP_INTERVAL = 0.25
+OWN_STALL = 1.0
+"""Seconds without a sweep after which nobody else is blamed for silence yet."""
 BEAT_INTERVAL = 1.0
 LOADING_RETRY = 5
 """Seconds after which to ask again for a model that is being loaded."""
@@ -158,12 +160,16 @@ class Dispatcher:
             receiver.lost(worker, why)
 
     async def _sweep(self) -> None:
+        last = time.monotonic()
         while True:
             await asyncio.sleep(SWEEP_INTERVAL)
             now = time.monotonic()
-            for worker in self.fleet.expire(now):
-                log.warning("worker.lost", worker=worker)
-                self._lose(worker, "stopped answering")
+            before, last = last, now
+            if now - before < OWN_STALL:
+                for worker in self.fleet.expire(now):
+                    log.warning("worker.lost", worker=worker)
+                    self._lose(worker, "stopped answering")
+            # else it was us who slept, and the beats of that time are still to be read
             wall = time.time()
             for receiver in self.inbox.receivers():
                 receiver.tick(now, wall)

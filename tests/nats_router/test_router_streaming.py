@@ -3,11 +3,13 @@
 import asyncio
 import json
 import socket
+import time
 from typing import Any
 
 import pytest
 from scripted_worker import WAIT
 
+from router.fleet import EXPIRY
 from shared.protocol import Accepted, TokenLogprob, ToolDelta
 
 pytestmark = pytest.mark.nats
@@ -320,3 +322,27 @@ async def test_a_reader_that_never_reads_is_cut_off(start_router, start_worker, 
         await eventually(router.idle)
     finally:
         writer.close()
+
+
+async def test_a_router_that_stood_still_does_not_blame_the_worker(
+    http, router, start_worker, chat
+):
+    """As on a laptop that slept: the worker's beats are there, but not read yet."""
+
+    async def script(job):
+        await job.accept()
+        await job.send(job.delta("Hel"))
+        await asyncio.sleep(0.2)
+        time.sleep(EXPIRY + 0.6)  # noqa: ASYNC251  holds up the router, which lives in this process
+        await asyncio.sleep(0.4)
+        await job.send(job.delta("lo"))
+        await job.send(job.done(), job.end())
+
+    await start_worker(script)
+
+    answer = await http.post(f"{router.url}/v1/chat/completions", json=chat(stream=True))
+    *chunks, done = events(answer.text)
+
+    assert done == "[DONE]"
+    pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(pieces) == "Hello"
