@@ -60,9 +60,8 @@ def _as_mesh_error(error: Exception) -> MeshError:
     if isinstance(error, NotFoundException):
         return RouteNotFound("There is no such path here.")
     if isinstance(error, MethodNotAllowedException):
-        mapped = MethodNotAllowed("This path does not take this method.")
-        mapped.allow = (error.headers or {}).get("allow", "")
-        return mapped
+        allowed = (error.headers or {}).get("allow", "")
+        return MethodNotAllowed("This path does not take this method.", allow=allowed)
     if isinstance(error, HTTPException) and error.status_code < 500:
         return InvalidRequest(error.detail)
     log.error("request.crashed", exc_info=error)

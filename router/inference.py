@@ -1,12 +1,15 @@
-"""The routes that generate: body in, calls out, answer by an `Exchange`."""
+"""The routes that generate: body in, calls out, answer by an `Exchange`.
+
+They are ASGI handlers: what Litestar does for other handlers (arguments by signature, a response
+object made and sent) would be half of what a request costs, and an exchange needs none of it.
+"""
 
 import time
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
-from litestar import Request, post
-from litestar.handlers import HTTPRouteHandler
-from litestar.types import ASGIApp
+from litestar.handlers import ASGIRouteHandler
 
 from router.body import read_json_body
 from router.dialects.chat import chat_to_generate, parse_chat
@@ -21,12 +24,17 @@ from router.dialects.embeddings import EmbeddingAnswer, embedding_to_embed, pars
 from router.dispatch import Dispatcher
 from router.exchange import REQUEST_ID, Exchange
 from router.metrics import Metrics
+from router.problems import MethodNotAllowed
 from router.secret import attempt_number
 from router.settings import Settings
 from shared.errors import InvalidRequest, Unavailable
 from shared.protocol import TextInput
 
 __all__ = ("RequestTimeout", "inference_routes")
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+EMBEDDINGS = "/v1/embeddings"
 
 RequestTimeout = Annotated[
     float,
@@ -47,12 +55,10 @@ class Origin(NamedTuple):
 
 def inference_routes(
     dispatcher: Dispatcher, metrics: Metrics, settings: Settings
-) -> list[HTTPRouteHandler]:
+) -> list[ASGIRouteHandler]:
     """Routes for chat, completions and embeddings."""
 
-    @post("/v1/chat/completions", status_code=200)
-    async def chat(request: Request[Any, Any, Any]) -> ASGIApp:
-        origin = await admit(request)
+    def chat(origin: Origin) -> Exchange:
         wanted = parse_chat(origin.body)
         generate = chat_to_generate(wanted, attempt=attempt_number(), **origin.fields)
         n = generate.n
@@ -67,12 +73,10 @@ def inference_routes(
                 else ChatAnswer(wanted.model, n, logprobs=bool(wanted.logprobs))
             ),
             stream=bool(wanted.stream),
-            route="/v1/chat/completions",
+            route=CHAT,
         )
 
-    @post("/v1/completions", status_code=200)
-    async def completions(request: Request[Any, Any, Any]) -> ASGIApp:
-        origin = await admit(request)
+    def completions(origin: Origin) -> Exchange:
         wanted = parse_completion(origin.body)
         prompts = prompts_of(wanted)
         generates = completion_to_generates(
@@ -91,12 +95,10 @@ def inference_routes(
                 else CompletionAnswer(wanted.model, n, echoes, logprobs=wanted.logprobs is not None)
             ),
             stream=bool(wanted.stream),
-            route="/v1/completions",
+            route=COMPLETIONS,
         )
 
-    @post("/v1/embeddings", status_code=200)
-    async def embeddings(request: Request[Any, Any, Any]) -> ASGIApp:
-        origin = await admit(request)
+    def embeddings(origin: Origin) -> Exchange:
         wanted = parse_embedding(origin.body)
         return Exchange(
             dispatcher,
@@ -104,17 +106,26 @@ def inference_routes(
             requests=[embedding_to_embed(wanted, attempt_number(), **origin.fields)],
             answer=EmbeddingAnswer(wanted.model, as_base64=wanted.encoding_format == "base64"),
             stream=False,
-            route="/v1/embeddings",
+            route=EMBEDDINGS,
         )
 
-    async def admit(request: Request[Any, Any, Any]) -> Origin:
-        if not dispatcher.bus.connected:
-            raise Unavailable("The mesh is not reachable now: NATS is away.", retry_after=2)
-        fields = _origin(request.scope, settings)
-        body = await read_json_body(request.scope, request.receive, settings.max_body)
-        return Origin(body, fields)
+    def route(path: str, begin: Callable[[Origin], Exchange]) -> ASGIRouteHandler:
+        async def handle(scope: Any, receive: Any, send: Any) -> None:
+            if scope["method"] != "POST":
+                raise MethodNotAllowed("This path does not take this method.", allow="POST")
+            if not dispatcher.bus.connected:
+                raise Unavailable("The mesh is not reachable now: NATS is away.", retry_after=2)
+            fields = _origin(scope, settings)
+            body = await read_json_body(scope, receive, settings.max_body)
+            await begin(Origin(body, fields))(scope, receive, send)
 
-    return [chat, completions, embeddings]
+        return ASGIRouteHandler(path, copy_scope=False)(handle)
+
+    return [
+        route(CHAT, chat),
+        route(COMPLETIONS, completions),
+        route(EMBEDDINGS, embeddings),
+    ]
 
 
 def _origin(scope: Any, settings: Settings) -> dict[str, Any]:

@@ -36,7 +36,10 @@ class MethodNotAllowed(MeshError):
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
-    allow: str = ""
+
+    def __init__(self, message: str, *, allow: str = "") -> None:
+        super().__init__(message)
+        self.allow = allow
 
 
 class UnsupportedMediaType(MeshError):
