@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from mesh_process import MeshUp
+from openai import DefaultHttpxClient, OpenAI
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +17,16 @@ def mesh_system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MeshUp]:
         assert system.left() == []
     finally:
         system.clear_away()
+
+
+@pytest.fixture(scope="session")
+def client(mesh_system: MeshUp) -> Iterator[OpenAI]:
+    """OpenAI's own client on that system; it does not try again, so that no failure is healed."""
+    with OpenAI(
+        base_url=mesh_system.base_url,
+        api_key="not looked at",
+        max_retries=0,
+        timeout=100,
+        http_client=DefaultHttpxClient(trust_env=False),
+    ) as opened:
+        yield opened
