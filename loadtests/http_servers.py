@@ -1,8 +1,8 @@
 """ASGI servers against each other, for what a router does: many streams of small events.
 
-The same application (`sse_server`) under each server, one worker process each. The servers take
-turns within each repetition, so that a machine that slows down slows all. Writing `in place` is how
-the router writes; `by a task` is how frameworks do.
+The same application (`sse_server`) under each server, one worker process each; `sse_server` tells
+of its ways to write. The servers take turns within each repetition, so that a machine that slows
+down slows all.
 """
 
 import asyncio
@@ -25,18 +25,27 @@ from loadtests.figures import markdown, median_and_range, percentile
 from loadtests.http_client import Client, Connection, Target
 from loadtests.http_reply import Recorder, Reply
 from loadtests.procfs import Cost, cost_of, raise_open_files
-from loadtests.sse_server import SERVERS
 from loadtests.stack import MAIN, StackFailed, free_port, get
 from mesh.child import Child
 
 now = time.monotonic
 
-WAYS = ("place", "task")
+WAYS = {"router": "as the router", "place": "in place", "task": "by a task"}
+CASES = (
+    ("uvicorn", "router"),
+    ("uvicorn", "place"),
+    ("uvicorn", "task"),
+    ("uvicorn-h11", "task"),
+    ("granian", "place"),
+    ("granian", "task"),
+    ("hypercorn", "place"),
+    ("hypercorn", "task"),
+)
 FAST_STREAMS = 32
 FIRST_BYTES = 200
-WINDOW = 2.0
+WINDOW = 1.5
 """Seconds of each measurement of throughput and CPU."""
-LEAVING = 40
+LEAVING = 30
 """Clients that leave, half of them streaming, in each repetition."""
 
 
@@ -57,6 +66,8 @@ class Row(msgspec.Struct):
     left_waiting: list[float]
     unnoticed: int
     no_delay: bool
+    kept_mb: float
+    """What the server's memory grew by for a client that does not read."""
 
 
 class Counting(asyncio.Protocol):
@@ -64,14 +75,14 @@ class Counting(asyncio.Protocol):
 
     def __init__(self, request: bytes) -> None:
         self.events = 0
+        self.transport: Any = None
         self._request = request
         self._rest = b""
-        self._transport: Any = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Ask."""
-        self._transport = transport
-        self._transport.write(self._request)
+        self.transport = transport
+        self.transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         """Count; an event may be cut anywhere, so what could be half a mark is kept."""
@@ -81,8 +92,8 @@ class Counting(asyncio.Protocol):
 
     def close(self) -> None:
         """Leave."""
-        if self._transport is not None:
-            self._transport.abort()
+        if self.transport is not None:
+            self.transport.abort()
 
 
 class BenchServer:
@@ -101,7 +112,9 @@ class BenchServer:
     async def measure(self) -> Row:
         first = await self.first_byte()
         rate, busy = await self.at_most()
-        return await self.paced(first, rate, busy)
+        row = await self.paced(first, rate, busy)
+        row.kept_mb = await self.not_reading()
+        return row
 
     async def first_byte(self) -> list[float]:
         client, request = Client(self.target), self.request(count=1)
@@ -170,7 +183,19 @@ class BenchServer:
             left_waiting=waiting,
             unnoticed=unnoticed,
             no_delay=no_delay,
+            kept_mb=0.0,
         )
+
+    async def not_reading(self) -> float:
+        """Return megabytes that a client costs within a second that asks for all and reads none."""
+        await asyncio.sleep(0.3)
+        before, client = cost_of(self.pid), Counting(self.request(interval=0))
+        await asyncio.get_running_loop().create_connection(lambda: client, "127.0.0.1", self.port)
+        client.transport.pause_reading()
+        await asyncio.sleep(1.0)
+        after = cost_of(self.pid)
+        client.close()
+        return (after.rss - before.rss) / 1e6
 
     def _begin(self, recorder: Recorder) -> Cost:
         recorder.recording = True
@@ -184,10 +209,10 @@ class BenchServer:
             request = self.request(id=name, stream=bool(index % 2), interval=0.02)
             client = Connection(self.target, Recorder(), lambda *_: None)
             client.send(request)
-            await asyncio.sleep(0.045)
+            await asyncio.sleep(0.035)
             at[name] = now()
             client.abort()
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(0.6)
         _, told = await get(self.port, "/seen")
         seen: dict[str, float] = json.loads(told)
         streaming = [(seen[n] - t) * 1e3 for n, t in at.items() if n in seen and "stream" in n]
@@ -222,28 +247,23 @@ async def _until_up(child: Child, port: int) -> None:
         await asyncio.sleep(0.05)
 
 
-async def measure(servers: Sequence[str], reps: int) -> list[Row]:
-    """Measure every server in every way, in turns."""
+async def measure(cases: Sequence[tuple[str, str]], reps: int) -> list[Row]:
+    """Measure every case, in turns."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="mesh-servers-") as folder:
         for _ in range(reps):
-            for name in servers:
-                for way in WAYS:
-                    # A process for each way: its memory is that way's own.
-                    async with serving(name, Path(folder)) as (port, pid):
-                        row = await BenchServer(name, way, port, pid).measure()
-                    rows.append(row)
-                    print(json.dumps(msgspec.to_builtins(row)), flush=True)
+            for name, way in cases:
+                # A process for each way: its memory is that way's own.
+                async with serving(name, Path(folder)) as (port, pid):
+                    row = await BenchServer(name, way, port, pid).measure()
+                rows.append(row)
+                print(json.dumps(msgspec.to_builtins(row)), flush=True)
     return rows
 
 
-def report(rows: Sequence[Row], servers: Sequence[str]) -> str:
-    """Write the table: medians of all repetitions with their range, a column for each server."""
-    columns = [
-        [row for row in rows if (row.server, row.way) == (server, way)]
-        for server in servers
-        for way in WAYS
-    ]
+def report(rows: Sequence[Row], cases: Sequence[tuple[str, str]]) -> str:
+    """Write the table: medians of all repetitions with their range, a column for each case."""
+    columns = [[row for row in rows if (row.server, row.way) == case] for case in cases]
     figures: tuple[tuple[str, str], ...] = (
         (f"events/s at most, {FAST_STREAMS} streams", "events_per_second"),
         ("cores the server used there", "cores_at_most"),
@@ -253,6 +273,7 @@ def report(rows: Sequence[Row], servers: Sequence[str]) -> str:
         ("first byte, ms p50", "first_p50"),
         ("first byte, ms p99", "first_p99"),
         ("RSS, MB, 128 streams", "rss_mb"),
+        ("RSS added in 1 s by a client that does not read, MB", "kept_mb"),
     )
     lines = [
         (what, *(median_and_range([getattr(row, field) for row in mine]) for mine in columns))
@@ -269,8 +290,7 @@ def report(rows: Sequence[Row], servers: Sequence[str]) -> str:
     )
     told = ("yes" if all(row.no_delay for row in mine) else "no" for mine in columns)
     lines.append(("TCP_NODELAY set without being asked", *told))
-    ways = {"place": "in place", "task": "by a task"}
-    heads = ("figure", *(f"{server}, {ways[way]}" for server in servers for way in WAYS))
+    heads = ("figure", *(f"{server}, {WAYS[way]}" for server, way in cases))
     return markdown(heads, lines)
 
 
@@ -292,22 +312,23 @@ app = cyclopts.App(help=__doc__)
 def main(
     *,
     reps: int = 5,
-    server: tuple[str, ...] = SERVERS,
+    server: tuple[str, ...] = (),
     json_file: Annotated[Path | None, cyclopts.Parameter(name="--json")] = None,
 ) -> None:
     """Print the table of the servers' figures.
 
     Args:
         reps: repetitions, of which the median is shown
-        server: which servers; may be given several times
+        server: which servers, and not all; may be given several times
         json_file: where to write every repetition
     """
     raise_open_files(4096)
     started = now()
-    rows = uvloop.run(measure(server, reps))
+    cases = [case for case in CASES if not server or case[0] in server]
+    rows = uvloop.run(measure(cases, reps))
     if json_file is not None:
         json_file.write_text("".join(json.dumps(msgspec.to_builtins(r)) + "\n" for r in rows))
-    print(f"\n{versions()}\n\n{report(rows, server)}\n")
+    print(f"\n{versions()}\n\n{report(rows, cases)}\n")
     print(f"{reps} repetitions in {now() - started:.0f} s")
 
 

@@ -1,8 +1,9 @@
 """One small application that streams events, under each of the ASGI servers that can be compared.
 
-It writes in two ways. `place`: straight from a timer's callback, by the router's own `Outlet`.
-`task`: a task for each stream takes events from a queue and awaits `send`, as frameworks do. It
-notes when it learns that a client has left.
+It writes in three ways. `task`: a task for each stream takes events from a queue and awaits `send`,
+as frameworks do. `place`: straight from a timer's callback, by the router's own `Outlet`, which
+drives `send`. `router`: as the router does, by the `Outlet` past `send`, which its own protocol
+class for uvicorn allows. It notes when it learns that a client has left.
 """
 
 import asyncio
@@ -16,13 +17,16 @@ from typing import Any, Literal
 from urllib.parse import parse_qs
 
 import msgspec
+import uvicorn
 import uvloop
 
+from router.exchange import WRITE_CHUNK
+from router.server import Protocol
 from router.sse import Outlet
 
 __all__ = ("SERVERS", "Wish", "app", "main")
 
-SERVERS = ("uvicorn-httptools", "uvicorn-h11", "granian", "hypercorn")
+SERVERS = ("uvicorn", "uvicorn-h11", "granian", "hypercorn")
 PHASES = 16
 """Groups in which paced streams get their events, one group after the other."""
 SSE = [
@@ -44,7 +48,7 @@ class Wish(msgspec.Struct):
     """What a request asks for."""
 
     id: str = ""
-    way: Literal["place", "task"] = "place"
+    way: Literal["router", "place", "task"] = "place"
     stream: bool = True
     interval: float = 0.0
     """Seconds between events; 0: as fast as the client reads."""
@@ -55,7 +59,7 @@ class Wish(msgspec.Struct):
 class Stream:
     """An open response that gets events."""
 
-    def __init__(self, way: str, send: Send) -> None:
+    def __init__(self, way: str, scope: Any, send: Send) -> None:
         # A plain coroutine function is driven as it is; any other awaitable through one.
         direct = asyncio.iscoroutinefunction(send)
 
@@ -65,7 +69,8 @@ class Stream:
         chosen: Any = send if direct else through
         self._send = chosen
         self._queue: asyncio.Queue[bytes] | None = asyncio.Queue() if way == "task" else None
-        self.outlet = Outlet(self._send, _spawn, lambda: None)
+        past = scope[WRITE_CHUNK] if way == "router" else None
+        self.outlet = Outlet(self._send, _spawn, lambda: None, past)
 
     def start(self) -> None:
         """Send the head."""
@@ -175,14 +180,14 @@ async def app(scope: Any, receive: Receive, send: Send) -> None:
     if wish.count:
         await _short(send, wish.count)
     elif wish.stream:
-        await _stream(wish, receive, send)
+        await _stream(wish, scope, receive, send)
     else:
         await _gone(receive)
         _left[wish.id] = time.monotonic()
 
 
-async def _stream(wish: Wish, receive: Receive, send: Send) -> None:
-    stream = Stream(wish.way, send)
+async def _stream(wish: Wish, scope: Any, receive: Receive, send: Send) -> None:
+    stream = Stream(wish.way, scope, send)
     pump: asyncio.Task[None] | None = None
     stream.start()
     if wish.way == "task":
@@ -239,9 +244,7 @@ def _no_delay(port: int) -> list[bool]:
     return found
 
 
-def _uvicorn(port: int, http: Literal["httptools", "h11"]) -> None:
-    import uvicorn
-
+def _uvicorn(port: int, http: type[Protocol] | Literal["h11"]) -> None:
     target: Any = app
     config = uvicorn.Config(
         target,
@@ -300,6 +303,8 @@ def main() -> int:
         _hypercorn(port)
     elif name == "uvicorn-h11":
         _uvicorn(port, "h11")
+    elif name == "uvicorn":
+        _uvicorn(port, Protocol)
     else:
-        _uvicorn(port, "httptools")
+        raise SystemExit(f"no server '{name}'; there are {', '.join(SERVERS)}")
     return 0
