@@ -137,6 +137,8 @@ class Constraint(msgspec.Struct, frozen=True):
 
     kind: Literal["json_schema", "json_object", "regex", "lark"]
     value: str = ""
+    param: str = "response_format"
+    """The field of the request that asked for it, which an error names."""
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):

@@ -297,7 +297,7 @@ def constraint(wanted: ResponseFormat | None, guided_regex: str | None) -> Const
             raise InvalidRequest(
                 "'guided_regex' and 'response_format' exclude each other.", param="guided_regex"
             )
-        return Constraint("regex", guided_regex)
+        return Constraint("regex", guided_regex, "guided_regex")
     if isinstance(wanted, RegexFormat):
         return Constraint("regex", wanted.pattern)
     if isinstance(wanted, ObjectFormat):

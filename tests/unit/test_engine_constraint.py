@@ -206,11 +206,11 @@ def test_white_space_in_json_is_bounded(vocabulary):
             "response_format",
         ),
         (Constraint("json_schema", " " * 2**21), "at most 1048576", "response_format"),
-        (Constraint("regex", "(a"), "unclosed group", "regex"),
-        (Constraint("regex", "(?=a)b"), "look-around", "regex"),
-        (Constraint("regex", r"[^\s\S]"), "matches no text", "regex"),
-        (Constraint("regex", "a" * 100_000), "at most 65536", "regex"),
-        (Constraint("lark", "start: gone"), "unknown name", "tools"),
+        (Constraint("regex", "(a", "guided_regex"), "unclosed group", "guided_regex"),
+        (Constraint("regex", "(?=a)b"), "look-around", "response_format"),
+        (Constraint("regex", r"[^\s\S]"), "matches no text", "response_format"),
+        (Constraint("regex", "a" * 100_000), "at most 65536", "response_format"),
+        (Constraint("lark", "start: gone", "tools"), "unknown name", "tools"),
     ],
 )
 def test_impossible_constraints_are_refused_with_the_reason(vocabulary, constraint, message, param):

@@ -34,12 +34,6 @@ _LIMITS = LLParserLimits(
     max_grammar_size=20_000,
     verbose_errors=False,
 )
-_PARAM = {
-    "json_schema": "response_format",
-    "json_object": "response_format",
-    "regex": "regex",
-    "lark": "tools",
-}
 _LABEL = {
     "json_schema": "JSON schema",
     "json_object": "JSON schema",
@@ -158,7 +152,7 @@ class ConstraintCompiler:
         return constraint in self._cache
 
     def _compile(self, constraint: Constraint) -> Matcher:
-        param = _PARAM[constraint.kind]
+        param = constraint.param
         limit = MAX_REGEX if constraint.kind == "regex" else MAX_LENGTH
         if len(constraint.value) > limit:
             raise InvalidRequest(

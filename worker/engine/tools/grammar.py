@@ -82,7 +82,7 @@ def tool_constraint(
     for i, tool in enumerate(tools):
         lines.append(f"call_{i}: {_call(family, tool.name, i)}")
         lines.append(f"args_{i}: %json {json.dumps(_schema(tool))}")
-    return Constraint("lark", "\n".join(lines) + "\n")
+    return Constraint("lark", "\n".join(lines) + "\n", "tools")
 
 
 def _start(family: ToolFamily, forced: bool) -> list[str]:
