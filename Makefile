@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	if $$p -c '$(NEW_ENOUGH)' 2>/dev/null; then echo $$p; break; fi; done)
 BIN := $(VENV)/bin
 # Programs that pip does not bring; without one, `make test` leaves out the tests marked with its name.
-OUTSIDE := haproxy
+OUTSIDE := haproxy npm
 MISSING = $(foreach program,$(OUTSIDE),$(if $(shell \
 	PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v $(program)),,$(program)))
 CHECKED := shared router worker mesh loadtests tests infra
