@@ -12,7 +12,7 @@ from mesh_process import MeshUp, clean_environment
 pytestmark = [pytest.mark.model, pytest.mark.npm, pytest.mark.timeout(420)]
 
 SOURCES = Path(__file__).parent / "node"
-OLDEST_NODE = 20
+OLDEST_NODE = 18
 
 
 def program(name: str) -> str:
