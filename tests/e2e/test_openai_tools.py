@@ -285,7 +285,5 @@ class TestTools:
             for result in ("sunny, 21 degrees", "sunny, 21 degrees and a strong wind from the sea")
         ]
         assert all(answer.choices[0].message.content for answer in answers)
-        asked, short, long = (
-            answer.usage.prompt_tokens for answer in (called, *answers) if answer.usage
-        )
-        assert 0 < asked < short < long
+        short, long = (answer.usage.prompt_tokens for answer in answers if answer.usage)
+        assert short < long
