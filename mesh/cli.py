@@ -1,22 +1,19 @@
 """`mesh`: the operator's command line.
 
-Settings come from flags, then `MESH_*` variables, then one TOML file. Whatever is wrong with them,
-or with the system, is one line on stderr and an exit code that is not 0.
+`shared.command_line` says where settings come from.
 """
 
 import asyncio
 import os
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import cyclopts
 import msgspec
 import structlog
 from cyclopts import App, Parameter
-from cyclopts.config import Dict, Env
+from cyclopts.config import Env
 from cyclopts.validators import Number
 from rich.console import Console
 
@@ -25,7 +22,7 @@ from mesh.fleet import Snapshot
 from mesh.parts import UpSettings, identities
 from mesh.running import default_data_dir, find
 from shared import __version__
-from shared.bus import BusUnavailable
+from shared.command_line import run_command, run_tokens, settings_from_file
 
 __all__ = ("app", "main")
 
@@ -234,11 +231,11 @@ def launch(
         TOML file with the same settings, in a table of the command's name; nats may also stand at
         its top.
     """
-    app.config = (Env("MESH_", command=False), *_from_file(config))
+    app.config = (Env("MESH_", command=False), *settings_from_file(config))
     if config is not None:
         # The processes that `mesh up` starts read their own tables of it.
         os.environ["MESH_CONFIG"] = str(config.resolve())
-    app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    run_tokens(app, tokens)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -248,23 +245,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     try:
-        app.meta(
-            sys.argv[1:] if arguments is None else list(arguments),
-            exit_on_error=False,
-            print_error=False,
-            result_action="return_value",
-        )
-    except cyclopts.CycloptsError as error:
-        return _complain(" ".join(str(error).split()), 2)
-    except (CommandError, BusUnavailable) as error:
-        return _complain(str(error), 1)
+        return run_command(app, "mesh", arguments)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         # Whoever read our output, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return 0
 
 
 def _listen(nats: str, data_dir: Path | None) -> Snapshot:
@@ -286,27 +273,6 @@ def _whole(value: Any) -> Any:
     if isinstance(value, msgspec.Struct):
         return {name: _whole(part) for name, part in msgspec.structs.asdict(value).items()}
     return [_whole(part) for part in value] if isinstance(value, tuple) else value
-
-
-def _complain(message: str, code: int) -> int:
-    sys.stderr.write(f"mesh: {message}\n")
-    return code
-
-
-def _from_file(path: Path | None) -> list[Dict]:
-    if path is None:
-        return []
-    try:
-        data = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CommandError(f"{path}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise CommandError(f"{path}: {error}") from None
-    common: dict[str, Any] = {key: data[key] for key in ("nats",) if key in data}
-    return [
-        Dict(data, source=str(path)),
-        Dict(common, source=str(path), use_commands_as_keys=False),
-    ]
 
 
 if __name__ == "__main__":

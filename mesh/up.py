@@ -20,7 +20,6 @@ from mesh.child import Child
 from mesh.crew import Crew
 from mesh.errors import CommandError
 from mesh.fleet import Fleet
-from mesh.listening import identity_for
 from mesh.models import ModelFile, models_toml, resolve
 from mesh.narrator import Narrator
 from mesh.parts import (
@@ -39,6 +38,7 @@ from mesh.running import Running, claim, publish
 from shared import subjects
 from shared.broker import NatsServer
 from shared.bus import Bus, BusUnavailable
+from shared.command_line import CommandFailed, identity
 
 __all__ = ("Up", "bring_up", "check_ports")
 
@@ -90,7 +90,7 @@ class Up:
                 async with asyncio.TaskGroup() as group, self._broker(group, plan) as urls:
                     await self._run_parts(group, plan, urls)
         except BaseExceptionGroup as errors:
-            expected, others = errors.split((CommandError, BusUnavailable))
+            expected, others = errors.split((CommandFailed, BusUnavailable))
             if others is not None or expected is None:
                 raise
             raise CommandError(str(_first(expected))) from None
@@ -146,7 +146,7 @@ class Up:
 
     async def _run_parts(self, group: asyncio.TaskGroup, plan: _Plan, urls: "_Urls") -> None:
         url = urls.of[UP]
-        async with Bus.connect(url, identity=identity_for(url), kind="mesh") as bus:
+        async with Bus.connect(url, identity=identity("mesh", url), kind="mesh") as bus:
             if self._settings.nats:
                 self._say.step("NATS answers")
             await bus.subscribe(subjects.BEATS, lambda message: self._fleet.hear(message.data))

@@ -1,36 +1,33 @@
 """`mesh-router`: the command line of one router.
 
-Settings come from flags, then `MESH_*` variables, then one TOML file. Whatever is wrong with them
-is one line on stderr and an exit code that is not 0.
+`shared.command_line` says where settings come from.
 """
 
-import os
-import secrets
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import unquote, urlsplit
+from typing import Annotated
 
-import cyclopts
-import structlog
 from cyclopts import App, Parameter
-from cyclopts.config import Dict, Env
+from cyclopts.config import Env
 from cyclopts.validators import Number
 
-from router.server import StartFailed, run
+from router.server import run
 from router.settings import Settings
 from shared import __version__
-from shared.bus import BusUnavailable
-from shared.subjects import valid_identity
+from shared.command_line import (
+    Level,
+    Refused,
+    identity,
+    log_to_stderr,
+    run_command,
+    run_tokens,
+    settings_from_file,
+)
+from shared.sizes import parse_size
 
 __all__ = ("app", "main")
 
-_TABLE = "router"
-_UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
-
-_Level = Literal["debug", "info", "warning", "error"]
 _Seconds = Annotated[float, Parameter(validator=Number(gt=0))]
 
 app = App(
@@ -41,10 +38,6 @@ app = App(
     config=Env("MESH_"),
 )
 app.meta.group_parameters = app.group_parameters
-
-
-class _Refused(Exception):
-    """A setting is wrong; the message is one line."""
 
 
 @app.default
@@ -58,7 +51,7 @@ def serve(
     request_timeout: _Seconds = 600.0,
     grace: Annotated[float, Parameter(validator=Number(gte=0))] = 30.0,
     ping_interval: _Seconds = 10.0,
-    log_level: _Level = "info",
+    log_level: Level = "info",
 ) -> int:
     """Answer OpenAI's HTTP API from the workers of a mesh over NATS.
 
@@ -83,13 +76,13 @@ def serve(
     log_level
         What is logged to stderr.
     """
-    _set_up_log(log_level)
+    log_to_stderr(log_level)
     return run(
         Settings(
             nats=nats,
             host=host,
             port=port,
-            name=_identity(name, nats),
+            name=identity("router", nats, name),
             max_body=_size(max_body),
             request_timeout=request_timeout,
             grace=grace,
@@ -110,100 +103,20 @@ def launch(
     config
         TOML file with the same settings in a table [router]; nats may also stand at its top.
     """
-    app.config = (Env("MESH_"), *_from_file(config))
-    result = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
-    return result if isinstance(result, int) else 0
+    app.config = (Env("MESH_"), *settings_from_file(config, "router"))
+    return run_tokens(app, tokens)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `mesh-router` and return its exit code."""
-    try:
-        result = app.meta(
-            sys.argv[1:] if arguments is None else list(arguments),
-            exit_on_error=False,
-            print_error=False,
-            result_action="return_value",
-        )
-    except cyclopts.CycloptsError as error:
-        return _complain(" ".join(str(error).split()), 2)
-    except _Refused as error:
-        return _complain(str(error), 2)
-    except (BusUnavailable, StartFailed) as error:
-        return _complain(str(error), 1)
-    return result if isinstance(result, int) else 0
-
-
-def _complain(message: str, code: int) -> int:
-    sys.stderr.write(f"mesh-router: {message}\n")
-    return code
-
-
-def _from_file(path: Path | None) -> list[Dict]:
-    if path is None:
-        return []
-    try:
-        data = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise _Refused(f"{path}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise _Refused(f"{path}: {error}") from None
-    # Other parts of the mesh may keep their tables in the same file; `nats` is for all of them.
-    common: dict[str, Any] = {key: data[key] for key in ("nats",) if key in data}
-    return [
-        Dict(data, root_keys=(_TABLE,), source=str(path)),
-        Dict(common, source=str(path)),
-    ]
+    return run_command(app, "mesh-router", arguments)
 
 
 def _size(text: str) -> int:
-    """Bytes of a size as people write it: 500, 64KiB, 32 MiB, 1G."""
-    lowered = text.strip().lower().removesuffix("b").removesuffix("i")
-    number = lowered.rstrip("kmg")
-    unit = lowered[len(number) :]
     try:
-        size = int(float(number) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        size = 0
-    if size < 1:
-        raise _Refused(f"--max-body: {text!r} is not a size; wanted for example 32MiB")
-    return size
-
-
-def _identity(name: str, url: str) -> str:
-    try:
-        if name:
-            return valid_identity(name)
-        user = _user(url)
-        return valid_identity(user) if user else f"router-{secrets.token_hex(4)}"
+        return parse_size(text)
     except ValueError as error:
-        raise _Refused(f"{error}; give one with --name") from None
-
-
-def _user(url: str) -> str:
-    """The user a NATS URL names; a URL with a user but no password holds a token, a secret."""
-    first = url.split(",")[0].strip()
-    try:
-        split = urlsplit(first if "://" in first else f"nats://{first}")
-    except ValueError:
-        return ""
-    return unquote(split.username or "") if split.password is not None else ""
-
-
-def _set_up_log(level: _Level) -> None:
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-            structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty() and not os.environ.get("NO_COLOR"),
-                exception_formatter=structlog.dev.plain_traceback,
-                pad_event_to=0,
-            ),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+        raise Refused(f"--max-body: {error}") from None
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from router.dispatch import Dispatcher
 from router.exchange import ABORT, WRITE_CHUNK
 from router.settings import Settings
 from shared.bus import Bus
+from shared.command_line import CommandFailed
 
 __all__ = ("Serving", "StartFailed", "run", "serve", "serving")
 
@@ -33,7 +34,7 @@ KEEP_ALIVE = 75
 """Seconds; longer than load balancers keep theirs, so that they never meet a connection closing."""
 
 
-class StartFailed(Exception):
+class StartFailed(CommandFailed):
     """The router cannot start; the message is one line for a person."""
 
 

@@ -16,6 +16,7 @@ import structlog
 
 from shared import __version__, subjects
 from shared.bus import Bus, BusMessage, BusUnavailable
+from shared.command_line import CommandFailed
 from shared.protocol import (
     Beat,
     decode_cancel,
@@ -55,7 +56,7 @@ class AgentSettings(msgspec.Struct, frozen=True):
         return f"AgentSettings(identity={self.identity!r})"
 
 
-class AgentFailed(Exception):
+class AgentFailed(CommandFailed):
     """The worker cannot go on; the message is one line."""
 
 

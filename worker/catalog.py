@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from shared.command_line import Refused
 from worker.hub import PREFIX, HubError, HubSource, parse_source
 
 __all__ = ("Catalog", "CatalogError", "ModelOptions", "ModelSource", "read_catalog")
@@ -29,7 +30,7 @@ _FIRST_PART = re.compile(r"(?P<stem>.+)-00001-of-\d{5}")
 _AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 
 
-class CatalogError(Exception):
+class CatalogError(Refused):
     """The folder, `models.toml` or a name is wrong; the message is one line."""
 
 

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import CommandError
-from mesh.listening import identity_for
 from mesh.parts import (
     UpSettings,
     child_environment,
@@ -67,12 +66,3 @@ def test_a_part_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(CommandError, match=r"mesh-router is not installed.*\[router\]"):
         router_command("router-1", 1)
-
-
-def test_whoever_the_url_names_is_who_we_are() -> None:
-    assert identity_for("nats://mesh-2:pw@h:1, nats://other:1") == "mesh-2"
-    assert identity_for("nats://127.0.0.1:4222").startswith("mesh-")
-    assert identity_for("nats://127.0.0.1:4222") != identity_for("nats://127.0.0.1:4222")
-    assert identity_for("nats://token@127.0.0.1:4222").startswith("mesh-")
-    with pytest.raises(CommandError, match="user in the NATS URL"):
-        identity_for("nats://a.b:pw@127.0.0.1")

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.memory_budget import MemoryBudget, NotEnoughMemory, format_size, parse_size
+from shared.sizes import format_size, parse_size
+from worker.memory_budget import MemoryBudget, NotEnoughMemory
 
 
 @given(
