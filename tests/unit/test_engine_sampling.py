@@ -33,7 +33,8 @@ def test_top_p_stays_within_the_smallest_set_that_holds_the_mass(row, draw, p, t
     token = choose(row, Sampling(seed=1, top_p=p, temperature=temperature), draw)
 
     weights = np.exp((row.astype(float) - row.max()) / temperature)
-    better = weights[row > row[token]].sum()
+    # Logits may differ by so little that their weights do not.
+    better = weights[weights > weights[token] * (1 + 1e-9)].sum()
     assert better <= p * weights.sum() + 1e-6
 
 
