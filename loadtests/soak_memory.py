@@ -289,7 +289,13 @@ async def soak(
         started = now()
         for sent in range(0, requests + 1, every):
             if sent:
-                await run.send(every)
+                try:
+                    await run.send(every)
+                except ExceptionGroup:
+                    for part, child in stack.children.items():
+                        state = "runs" if child.pid else "has ended"
+                        tell(f"{part} {state}; it last said: {child.last_words()}")
+                    raise
                 # Those who left last are cancelled by now.
                 await asyncio.sleep(0.3)
             samples.append(_sample(sent, now() - started, watched))
