@@ -220,6 +220,8 @@ class Exchange:
     def _close(self) -> None:
         for call in self._calls:
             call.leave()
+        # Calls and outlet lead back here: rings that only the collector would find.
+        self._calls.clear()
         self._outlet = None
         self._held.clear()
         status = self._status if self._finished else CLIENT_LEFT

@@ -50,4 +50,8 @@ class Front:
                     self._metrics.other(route or "other", message["status"])
             await send(message)
 
-        await self._app(scope, receive, tagged)
+        try:
+            await self._app(scope, receive, tagged)
+        finally:
+            # It leads back to the scope: a ring that only the collector would find.
+            del scope[RAW_SEND]

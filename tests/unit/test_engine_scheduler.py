@@ -26,12 +26,13 @@ def test_with_the_budget_that_pace_gives_something_always_moves(left):
 
 
 @given(
-    st.lists(st.tuples(st.integers(16, 512), st.floats(1e-4, 10)), max_size=20), st.integers(0, 32)
+    st.lists(st.tuples(st.integers(0, 32), st.integers(0, 512), st.floats(1e-6, 10)), max_size=20),
+    st.integers(0, 32),
 )
 def test_the_budget_stays_within_its_bounds(measured, decoding):
     pace = Pace(512)
-    for rows, seconds in measured:
-        pace.measured(rows, seconds)
+    for step in measured:
+        pace.measured(*step)
 
     assert min(512, decoding + LEAST_PREFILL) <= pace.budget(decoding) <= 512
 
@@ -39,10 +40,22 @@ def test_the_budget_stays_within_its_bounds(measured, decoding):
 def test_a_slow_machine_gets_small_prefill_steps_beside_decoding():
     pace = Pace(512)
     for _ in range(30):
-        pace.measured(400, 1.0)
+        pace.measured(0, 400, 1.0)
 
     assert pace.budget(4) == 4 + LEAST_PREFILL
     assert pace.budget(0) == 100
+
+
+def test_decoding_and_prefill_together_fill_the_time_of_a_step():
+    pace = Pace(512)
+    for _ in range(30):
+        pace.measured(4, 0, 0.03)
+        pace.measured(4, 100, 0.03 + 100 / 2000)
+
+    assert pace.budget(4) == 4 + 100
+    for _ in range(30):
+        pace.measured(4, 0, 0.06)
+    assert pace.budget(4) == 4 + 40
 
 
 def test_a_single_last_row_is_not_left_over():

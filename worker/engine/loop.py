@@ -225,8 +225,7 @@ class Loop:
         code = self._context.decode(batch, row)
         if code != 0:
             raise RuntimeError(f"llama_decode returned {code} for {row} rows")
-        if row - decoding > decoding:
-            self._pace.measured(row, time.perf_counter() - began)
+        self._pace.measured(decoding, row - decoding, time.perf_counter() - began)
         self._steps += 1
         if sampled:
             self._advance(sampled)

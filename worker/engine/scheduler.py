@@ -9,31 +9,44 @@ from collections.abc import Sequence
 
 __all__ = ("Pace", "plan")
 
-STEP_SECONDS_BESIDE_DECODE = 0.06
+STEP_SECONDS_BESIDE_DECODE = 0.08
+"""What a step is to take in all while others decode: it bounds the gaps between their tokens, and
+the time until a cancellation is seen."""
 STEP_SECONDS_ALONE = 0.25
 LEAST_PREFILL = 32
 """Rows of prefill a step may always have: fewer would read the weights for next to nothing."""
 
 
 class Pace:
-    """Prefill rows a step may hold, from the measured rate."""
+    """Prefill rows a step may hold, from measured times."""
 
     def __init__(self, step_tokens: int) -> None:
         self._most = step_tokens
         self._rate = 0.0
-        """Rows a second, a moving average; 0: not measured yet."""
+        """Prefill rows a second, a moving average; 0: not measured yet."""
+        self._decode = 0.0
+        """Seconds of a step that only decodes, a moving average."""
 
-    def measured(self, rows: int, seconds: float) -> None:
-        """A step of mostly prefill took so long."""
-        if rows >= LEAST_PREFILL // 2 and seconds > 0:
-            rate = rows / seconds
-            self._rate = rate if self._rate == 0 else 0.7 * self._rate + 0.3 * rate
+    def measured(self, decoding: int, prefill: int, seconds: float) -> None:
+        """A step of so many rows of each kind took so long."""
+        if not prefill:
+            self._decode = _average(self._decode, seconds)
+            return
+        if decoding:
+            seconds -= self._decode
+        if prefill >= LEAST_PREFILL // 2 and seconds > 0:
+            self._rate = _average(self._rate, prefill / seconds)
 
     def budget(self, decoding: int) -> int:
         """Rows for the next step in all, decode included."""
-        seconds = STEP_SECONDS_BESIDE_DECODE if decoding else STEP_SECONDS_ALONE
-        rows = int(self._rate * seconds) if self._rate else 4 * LEAST_PREFILL
-        return min(self._most, decoding + max(LEAST_PREFILL, rows))
+        if not self._rate:
+            return min(self._most, decoding + 4 * LEAST_PREFILL)
+        left = STEP_SECONDS_BESIDE_DECODE - self._decode if decoding else STEP_SECONDS_ALONE
+        return min(self._most, decoding + max(LEAST_PREFILL, int(self._rate * left)))
+
+
+def _average(average: float, value: float) -> float:
+    return 0.7 * average + 0.3 * value if average else value
 
 
 def plan(remaining: Sequence[int], budget: int) -> list[int]:
