@@ -51,6 +51,17 @@ class Protocol(HttpToolsProtocol):
         scope[ABORT] = self.transport.abort
         scope[WRITE_CHUNK] = self.write_chunk
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End with the connection, leaving no rings for the collector.
+
+        Those of a stream are old when it ends, and the collector hardly ever looks at old objects.
+        """
+        super().connection_lost(exc)
+        scope: Any = self.scope
+        if scope is not None:
+            scope.pop(ABORT, None)
+            scope.pop(WRITE_CHUNK, None)
+
     def write_chunk(self, body: bytes) -> bool:
         """Write a piece of a chunked response that has begun; it must not be empty.
 
