@@ -122,7 +122,9 @@ class EndToEnd:
         async def user() -> None:
             nonlocal counted
             while waiting:
-                counted += (await self.engine_turn(waiting.pop())).tokens
+                turn = await self.engine_turn(waiting.pop())
+                # Not in one line: it would add to what was counted before the wait.
+                counted += turn.tokens
 
         started = now()
         async with asyncio.TaskGroup() as users:

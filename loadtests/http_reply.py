@@ -5,12 +5,15 @@ A token is counted for every event with text in it. A worker that stamps its tok
 long each was under way.
 """
 
+import re
 from array import array
 from typing import Any
 
 import msgspec
 
 __all__ = ("Recorder", "Reply", "ReplyReader", "request_bytes")
+
+_STAMP = re.compile(rb"@(\d+\.\d+) ")
 
 
 class Recorder:
@@ -174,8 +177,9 @@ class ReplyReader:
         if event[at : at + 1] != b'"' or event[at + 1 : at + 2] == b'"':
             self._on_bare_event(event)
             return
-        stamped = event[at + 1 : at + 2] == b"@"
-        count = event.count(b"@", at) if stamped else 1
+        # A real model may well begin a text with "@".
+        stamp = _STAMP.match(event, at + 1)
+        count = event.count(b"@", at) if stamp else 1
         self.reply.tokens += count
         recorder = self._recorder
         if not self.reply.first:
@@ -185,8 +189,8 @@ class ReplyReader:
         self._previous = now
         if recorder.recording:
             recorder.tokens += count
-            if stamped:
-                recorder.lags.append(now - float(event[at + 2 : event.index(b" ", at + 2)]))
+            if stamp:
+                recorder.lags.append(now - float(stamp[1]))
 
     def _on_bare_event(self, event: bytes) -> None:
         if event.startswith(b"data: [DONE]"):

@@ -13,8 +13,10 @@ STEP_SECONDS_BESIDE_DECODE = 0.08
 """What a step is to take in all while others decode: it bounds the gaps between their tokens, and
 the time until a cancellation is seen."""
 STEP_SECONDS_ALONE = 0.25
-LEAST_PREFILL = 32
+LEAST_PREFILL = 16
 """Rows of prefill a step may always have: fewer would read the weights for next to nothing."""
+FIRST_PREFILL = 128
+"""Rows of the first prefill, from which the speed is learnt."""
 
 
 class Pace:
@@ -40,7 +42,7 @@ class Pace:
     def budget(self, decoding: int) -> int:
         """Rows for the next step in all, decode included."""
         if not self._rate:
-            return min(self._most, decoding + 4 * LEAST_PREFILL)
+            return min(self._most, decoding + FIRST_PREFILL)
         left = STEP_SECONDS_BESIDE_DECODE - self._decode if decoding else STEP_SECONDS_ALONE
         return min(self._most, decoding + max(LEAST_PREFILL, int(self._rate * left)))
 
