@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from typing import Any, Literal
 
 import pytest
+import structlog
 
 from shared.broker import Identity, NatsServer
 from shared.bus import Bus
@@ -15,6 +16,14 @@ from shared.bus import Bus
 Kind = Literal["router", "worker", "mesh"]
 _KINDS: tuple[Kind, ...] = ("router", "worker", "mesh")
 _numbers = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """A command's `main` sets up logging for its process, which here is everybody's."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture(scope="session")

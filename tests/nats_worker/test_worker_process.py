@@ -168,7 +168,7 @@ async def test_a_worker_without_a_usable_model_exits(spawn, nats_server: NatsSer
         (
             ("--models", "{folder}", "--name", "a b"),
             2,
-            "identity 'a b': wanted 1 to 64 letters, digits or '-'; give one with --name",
+            "--name: identity 'a b': wanted 1 to 64 letters, digits or '-'",
         ),
         (("--models", "{folder}", "--wrong"), 2, "Unknown option: --wrong."),
         (("--models", "{folder}", "--config", "{none}"), 2, "{none}: No such file or directory"),

@@ -40,10 +40,10 @@ def test_the_budget_stays_within_its_bounds(measured, decoding):
 def test_a_slow_machine_gets_small_prefill_steps_beside_decoding():
     pace = Pace(512)
     for _ in range(30):
-        pace.measured(0, 400, 1.0)
+        pace.measured(0, 100, 1.0)
 
     assert pace.budget(4) == 4 + LEAST_PREFILL
-    assert pace.budget(0) == 100
+    assert pace.budget(0) == 25
 
 
 def test_decoding_and_prefill_together_fill_the_time_of_a_step():
