@@ -55,7 +55,7 @@ format: env ## Format the code and sort the imports
 check: lint test ## What CI runs
 
 bench-engine: env ## Engine against llama.cpp's own ceiling
-	$(BIN)/python loadtests/bench_engine.py $(ARGS)
+	$(BIN)/python -m loadtests.bench_engine $(ARGS)
 
 bench-router: env ## Router alone: CPU a token, streams, memory
 	$(BIN)/python loadtests/bench_router.py $(ARGS)
