@@ -147,14 +147,16 @@ async def test_leaving_under_load_loses_nothing(connect: Any, unique: str) -> No
 
     async with asyncio.TaskGroup() as group:
         group.create_task(load())
-        for turn in range(100):
+        turn = 0
+        # Both, however fast the machine leaves or sends.
+        while turn < 100 or sent < 2000:
             await members[turn % 2].leave()
             members[turn % 2] = await join(workers[turn % 2])
+            turn += 1
         stop.set()
     await router.barrier()
     for worker in workers:
         await worker.barrier()
-    assert sent > 1000
     assert got == {b"%d" % number: 1 for number in range(sent)}
 
 
