@@ -54,8 +54,29 @@ def test_decoding_and_prefill_together_fill_the_time_of_a_step():
 
     assert pace.budget(4) == 4 + 100
     for _ in range(30):
-        pace.measured(4, 0, 0.06)
-    assert pace.budget(4) == 4 + 40
+        pace.measured(4, 0, 0.05)
+    assert pace.budget(4) == 4 + 60
+
+
+def test_a_step_that_looks_free_does_not_make_the_next_one_huge():
+    pace = Pace(512)
+    for _ in range(30):
+        pace.measured(6, 0, 0.04)
+        pace.measured(6, 10, 0.04 + 0.04)
+    usual = pace.budget(6) - 6
+    pace.measured(6, 10, 0.04 + 1e-6)
+
+    assert usual == 10
+    assert pace.budget(6) - 6 <= usual * 1.5
+
+
+def test_where_decoding_alone_is_slow_a_prefill_may_lengthen_a_step_by_half():
+    pace = Pace(512)
+    for _ in range(30):
+        pace.measured(32, 0, 0.16)
+        pace.measured(32, 16, 0.16 + 16 / 200)
+
+    assert pace.budget(32) == 32 + 16
 
 
 def test_a_single_last_row_is_not_left_over():

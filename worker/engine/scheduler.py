@@ -13,8 +13,12 @@ STEP_SECONDS_BESIDE_DECODE = 0.08
 """What a step is to take in all while others decode: it bounds the gaps between their tokens, and
 the time until a cancellation is seen."""
 STEP_SECONDS_ALONE = 0.25
-LEAST_PREFILL = 16
-"""Rows of prefill a step may always have: fewer would read the weights for next to nothing."""
+MOST_SLOWDOWN = 0.5
+"""By how much a prefill may lengthen a step whose decoding alone takes most of that time: with many
+streams a stricter bound would leave a slot idle for a step more, and shorten no gap by much."""
+LEAST_PREFILL = 8
+"""Rows of prefill a step may always have. On a CPU that is slow enough to need it, 8 rows together
+take hardly longer a row than 16 (SmolLM2 Q4_0, one thread: 6.0 and 4.8 ms; Q4_1: 9.0 and 9.4)."""
 FIRST_PREFILL = 128
 """Rows of the first prefill, from which the speed is learnt."""
 
@@ -24,8 +28,9 @@ class Pace:
 
     def __init__(self, step_tokens: int) -> None:
         self._most = step_tokens
-        self._rate = 0.0
-        """Prefill rows a second, a moving average; 0: not measured yet."""
+        self._row = 0.0
+        """Seconds of a prefill row, a moving average; 0: not measured yet. Of times, not of rates: a
+        step that by chance looks free would make a rate, and so the next step, very large."""
         self._decode = 0.0
         """Seconds of a step that only decodes, a moving average."""
 
@@ -37,14 +42,19 @@ class Pace:
         if decoding:
             seconds -= self._decode
         if prefill >= LEAST_PREFILL // 2 and seconds > 0:
-            self._rate = _average(self._rate, prefill / seconds)
+            self._row = _average(self._row, seconds / prefill)
 
     def budget(self, decoding: int) -> int:
         """Rows for the next step in all, decode included."""
-        if not self._rate:
+        if not self._row:
             return min(self._most, decoding + FIRST_PREFILL)
-        left = STEP_SECONDS_BESIDE_DECODE - self._decode if decoding else STEP_SECONDS_ALONE
-        return min(self._most, decoding + max(LEAST_PREFILL, int(self._rate * left)))
+        left = STEP_SECONDS_ALONE
+        if decoding:
+            left = max(
+                STEP_SECONDS_BESIDE_DECODE - self._decode,
+                min(self._decode, STEP_SECONDS_ALONE) * MOST_SLOWDOWN,
+            )
+        return min(self._most, decoding + max(LEAST_PREFILL, round(left / self._row)))
 
 
 def _average(average: float, value: float) -> float:
