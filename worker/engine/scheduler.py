@@ -29,8 +29,8 @@ class Pace:
     def __init__(self, step_tokens: int) -> None:
         self._most = step_tokens
         self._row = 0.0
-        """Seconds of a prefill row, a moving average; 0: not measured yet. Of times, not of rates: a
-        step that by chance looks free would make a rate, and so the next step, very large."""
+        """Seconds of a prefill row, a moving average; 0: not measured yet. Of times, not of rates:
+        a step that by chance looks free would make a rate, and the next step, very large."""
         self._decode = 0.0
         """Seconds of a step that only decodes, a moving average."""
 
