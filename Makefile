@@ -58,20 +58,20 @@ bench-engine: env ## Engine against llama.cpp's own ceiling
 	$(BIN)/python -m loadtests.bench_engine $(ARGS)
 
 bench-router: env ## Router alone: CPU a token, streams, memory
-	$(BIN)/python loadtests/bench_router.py $(ARGS)
+	$(BIN)/python -m loadtests.bench_router $(ARGS)
 
 bench-end-to-end: env ## HTTP through router and NATS against the engine alone
-	$(BIN)/python loadtests/bench_end_to_end.py $(ARGS)
+	$(BIN)/python -m loadtests.bench_end_to_end $(ARGS)
 
 bench-cancel: env ## From a client's leaving to its slot being free
-	$(BIN)/python loadtests/bench_cancel.py $(ARGS)
+	$(BIN)/python -m loadtests.bench_cancel $(ARGS)
 
 bench-servers: env ## ASGI servers against each other; installs those that are not needed otherwise
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt granian hypercorn
-	$(BIN)/python loadtests/http_servers.py $(ARGS)
+	$(BIN)/python -m loadtests.http_servers $(ARGS)
 
 bench-memory: env ## Memory over 10,000 requests
-	$(BIN)/python loadtests/soak_memory.py $(ARGS)
+	$(BIN)/python -m loadtests.soak_memory $(ARGS)
 
 clean: ## Remove caches and builds; the environment stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -13,6 +13,7 @@ import asyncio
 import json
 import random
 import socket
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -325,6 +326,7 @@ async def measure(
                 del bench.crowd.recorder.gaps[:]
                 await bench.run(kind, samples)
                 gaps[kind] = list(bench.crowd.recorder.gaps)
+                print(f"{kind}: {samples} clients have left", file=sys.stderr, flush=True)
             if bench.crowd.errors:
                 raise SystemExit(f"the streams beside it failed: {bench.crowd.errors}")
             bench.crowd.grow(0)
