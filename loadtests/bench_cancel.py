@@ -185,12 +185,14 @@ class Crowd:
 class BenchCancel:
     """One system, one crowd, one visitor at a time."""
 
-    def __init__(self, target: Target, model: str, observer: Observer, busy: int) -> None:
+    def __init__(
+        self, target: Target, model: str, observer: Observer, busy: int, answers: int
+    ) -> None:
         self.target = target
         self.model = model
         self.observer = observer
         self.busy = busy
-        self.crowd = Crowd(target, lambda: self.request(CONTEXT - 300))
+        self.crowd = Crowd(target, lambda: self.request(answers))
         self.samples: list[Sample] = []
         self._random = random.Random(1)
         self._number = 0
@@ -302,7 +304,13 @@ def report(samples: list[Sample], gaps: dict[Kind, list[float]]) -> str:
 
 
 async def measure(
-    model: Path | None, kinds: tuple[Kind, ...], samples: int, slots: int, busy: int, threads: int
+    model: Path | None,
+    kinds: tuple[Kind, ...],
+    samples: int,
+    slots: int,
+    busy: int,
+    answers: int,
+    threads: int,
 ) -> tuple[list[Sample], dict[Kind, list[float]]]:
     """Measure each kind; also returns the gaps between the crowd's tokens meanwhile."""
     gaps: dict[Kind, list[float]] = {}
@@ -319,7 +327,7 @@ async def measure(
                 observer=stack.folder / "observer",
             )
             name = await stack.wait_model("router-1", "worker-1")
-            bench = BenchCancel(Target(f"http://127.0.0.1:{port}"), name, observer, busy)
+            bench = BenchCancel(Target(f"http://127.0.0.1:{port}"), name, observer, busy, answers)
             for kind in kinds:
                 bench.crowd.grow(slots - 1 if kind == "taken over" else busy)
                 await bench.crowd.settled()
@@ -346,6 +354,7 @@ def main(
     samples: int = 200,
     slots: int = 8,
     busy: int = 6,
+    answers: int = 512,
     threads: int = 1,
     json_file: Annotated[Path | None, cyclopts.Parameter(name="--json")] = None,
 ) -> None:
@@ -357,19 +366,25 @@ def main(
         samples: clients of each kind
         slots: slots of the worker
         busy: slots kept busy by other streams
+        answers: tokens that each of those streams writes; the deeper they are, the longer a step
         threads: threads of the engine; at 1 the other parts have a core
         json_file: where to write every sample
     """
     if not 0 <= busy < slots:
         raise SystemExit("--busy: at least one slot must be left for the client that leaves")
+    if not 16 <= answers <= CONTEXT - 300:
+        raise SystemExit(f"--answers: from 16 to {CONTEXT - 300}, what the context has room for")
     raise_open_files(1024)
     started = now()
-    found, gaps = uvloop.run(measure(model, kind, samples, slots, busy, threads))
+    found, gaps = uvloop.run(measure(model, kind, samples, slots, busy, answers, threads))
     if json_file is not None:
         lines = (json.dumps(msgspec.to_builtins(sample)) + "\n" for sample in found)
         json_file.write_text("".join(lines))
     name = model.name if model else "SmolLM2-135M-Instruct Q4_0"
-    print(f"{name}, {threads} thread(s), {slots} slots, {busy} kept busy; milliseconds\n")
+    print(
+        f"{name}, {threads} thread(s), {slots} slots, {busy} kept busy by "
+        f"answers of {answers} tokens; milliseconds\n"
+    )
     print(report(found, gaps))
     print(f"\n{len(found)} clients left in {now() - started:.0f} s")
 
