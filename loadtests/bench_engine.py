@@ -2,64 +2,117 @@
 
 Both serve the same load: every stream writes 64 to 192 tokens (128 in the mean) after a 16-token
 prompt and is followed at once by another, so that requests come and go and slots scatter. A rate is
-taken over a window in which all streams are busy. Ceiling (`ceiling.py`) and engine take turns, and
-a ratio is that of two neighbours in time.
+taken over whole steps in which all streams are busy. Ceiling (`ceiling.py`) and engine take turns,
+and a ratio is that of two neighbours in time.
 """
 
 import asyncio
-import contextlib
 import itertools
 import random
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cyclopts
+import uvloop
 
 from loadtests.ceiling import CONTEXT, MOST_STREAMS, Ceiling, lengths, prompt
 from loadtests.engine_driver import EngineDriver, new_attempt
 from loadtests.figures import markdown, median_and_range
 from loadtests.stack import smollm2, smollm2_q4_0
-from shared.protocol import Delta, Generate, Sampling, TokenInput
+from shared.protocol import Busy, Delta, End, Fail, Frame, Generate, Sampling, TokenInput
+
+
+class _Load:
+    """What keeps `streams` answers in the engine at a time, and counts their tokens.
+
+    The request after an answer is sent when the answer has one token to go, so that it is there
+    when the slot is free, as the bare loop always has its next.
+    """
+
+    def __init__(
+        self, driver: EngineDriver, streams: int, rep: int, fault: Callable[[str], None]
+    ) -> None:
+        self.tokens = 0
+        self.running: set[int] = set()
+        """Streams that have written a token."""
+        self._driver = driver
+        self._fault = fault
+        self._rng = random.Random(7 + rep)
+        self._live: set[int] = set()
+        for index in range(streams):
+            self._next(index, lengths(index, rep))
+
+    def cancel(self) -> None:
+        """Give up all that is under way."""
+        while self._live:
+            self._driver.cancel(self._live.pop())
+
+    def _next(self, index: int, plan: Iterator[int]) -> None:
+        left = next(plan)
+        followed = False
+        request = Generate(
+            id=f"{index}",
+            attempt=new_attempt(),
+            model="bench",
+            input=TokenInput(tuple(prompt(self._rng))),
+            sampling=Sampling(seed=1, temperature=0, ignore_eos=True),
+            deadline=time.time() + 600,
+            max_tokens=left,
+        )
+
+        def receive(frame: Frame | None) -> None:
+            nonlocal left, followed
+            if isinstance(frame, Delta):
+                self.running.add(index)
+                self.tokens += len(frame.tokens)
+                left -= len(frame.tokens)
+                if left <= 1 and not followed:
+                    followed = True
+                    self._next(index, plan)
+            elif isinstance(frame, End):
+                self._live.discard(request.attempt)
+            elif frame is None or isinstance(frame, Fail | Busy):
+                self._fault(f"the engine answered {frame}")
+
+        self._driver.ask(request, receive)
+        self._live.add(request.attempt)
 
 
 async def engine_rate(driver: EngineDriver, streams: int, rep: int, seconds: float) -> float:
-    """Tokens a second over a window in which all streams are busy."""
-    rng = random.Random(7 + rep)
-    count = 0
-    started: set[int] = set()
-    all_started = asyncio.Event()
+    """Tokens a second over a window that begins and ends with a step, all streams busy in it.
 
-    async def stream(index: int) -> None:
-        nonlocal count
-        for length in lengths(index, rep):
-            request = Generate(
-                id=f"{index}",
-                attempt=new_attempt(),
-                model="bench",
-                input=TokenInput(tuple(prompt(rng))),
-                sampling=Sampling(seed=1, temperature=0, ignore_eos=True),
-                deadline=time.time() + 600,
-                max_tokens=length,
-            )
-            async for frame in driver.submit(request):
-                if isinstance(frame, Delta):
-                    count += len(frame.tokens)
-                    started.add(index)
-                    if len(started) == streams:
-                        all_started.set()
+    Raises:
+        RuntimeError: the engine refused or broke off a request.
+        TimeoutError: it does not get on.
+    """
+    window = asyncio.get_running_loop().create_future()
 
-    tasks = [asyncio.create_task(stream(i)) for i in range(streams)]
+    def fault(reason: str) -> None:
+        if not window.done():
+            window.set_exception(RuntimeError(reason))
+
+    load = _Load(driver, streams, rep, fault)
+    before, began = 0, 0.0
+
+    def after_step() -> None:
+        nonlocal before, began
+        now = time.perf_counter()
+        if not began:
+            if len(load.running) == streams:
+                before, began = load.tokens, now
+        elif now - began > seconds and not window.done():
+            window.set_result((load.tokens - before) / (now - began))
+
+    driver.after_step = after_step
     try:
-        await asyncio.wait_for(all_started.wait(), 120)
-        before, began = count, time.perf_counter()
-        await asyncio.sleep(seconds)
-        return (count - before) / (time.perf_counter() - began)
+        async with asyncio.timeout(seconds + 120):
+            rate: float = await window
+            return rate
     finally:
-        for task in tasks:
-            task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(*tasks)
+        driver.after_step = None
+        load.cancel()
 
 
 async def measure(
@@ -114,7 +167,7 @@ def main(
         paths = models or (smollm2(), smollm2_q4_0(Path(folder)))
         rows = []
         for path, count in itertools.product(paths, threads):
-            rows += asyncio.run(measure(path, count, streams, reps, seconds))
+            rows += uvloop.run(measure(path, count, streams, reps, seconds))
     head = ("model", "threads", "streams", "bare loop, tok/s", "engine, tok/s", "ratio")
     print(f"\n{markdown(head, rows)}")
 

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 import msgspec
 
@@ -55,7 +55,8 @@ class EngineDriver:
     """One engine process, driven the way the agent drives it.
 
     `start` returns when the model has generated a real token. `submit` yields a request's frames up
-    to and including its last one. `stop` ends the process.
+    to and including its last one; `ask` hands them to a function, which costs the driver a third of
+    that. `stop` ends the process.
     """
 
     def __init__(
@@ -88,11 +89,13 @@ class EngineDriver:
         self.stats: EngineStats | None = None
         """Of the last step."""
         self.ready: Ready | None = None
+        self.after_step: Callable[[], None] | None = None
+        """Called when the frames of one engine step have been handed out."""
         self.pid = 0
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
-        self._queues: dict[int, asyncio.Queue[ToDriver]] = {}
+        self._receivers: dict[int, Callable[[ToDriver], None]] = {}
         self._load: asyncio.Future[Ready] | None = None
         self._reason = "the engine process ended"
 
@@ -135,21 +138,30 @@ class EngineDriver:
             EngineDied: the process ended meanwhile.
         """
         queue: asyncio.Queue[ToDriver] = asyncio.Queue()
-        self._queues[request.attempt] = queue
-        over = False
         try:
-            self._send(Submit(_REPLY, encode(request), time.time()))
-            while not over:
+            self.ask(request, queue.put_nowait)
+            while request.attempt in self._receivers or not queue.empty():
                 frame = await queue.get()
                 if frame is None:
-                    over = True
                     raise EngineDied(self._reason)
-                over = isinstance(frame, End | EmbedResult | Fail | Busy)
                 yield frame
         finally:
-            del self._queues[request.attempt]
-            if not over:
-                self._send(CancelAttempts((request.attempt,)))
+            self.cancel(request.attempt)
+
+    def ask(self, request: Request, receive: Callable[[ToDriver], None]) -> None:
+        """Send a request; `receive` gets its frames, then None if the process ends before the last.
+
+        Raises:
+            EngineDied: the process has ended.
+        """
+        self._send(Submit(_REPLY, encode(request), time.time()))
+        self._receivers[request.attempt] = receive
+
+    def cancel(self, attempt: int) -> None:
+        """Give up a request; one that is over stays so."""
+        if self._receivers.pop(attempt, None) is not None:
+            with contextlib.suppress(EngineDied):
+                self._send(CancelAttempts((attempt,)))
 
     async def stop(self) -> None:
         """End the process, by force if it does not go by itself."""
@@ -192,9 +204,9 @@ class EngineDriver:
             self.stats = message.stats
             for mail in message.mail:
                 for frame in decode_frames(mail.frames):
-                    queue = self._queues.get(frame.attempt)
-                    if queue is not None:
-                        queue.put_nowait(frame)
+                    self._hand_out(frame)
+            if self.after_step is not None:
+                self.after_step()
         elif isinstance(message, Ready):
             assert self._load is not None
             if not self._load.done():
@@ -202,11 +214,20 @@ class EngineDriver:
         elif isinstance(message, Failed):
             self._reason = message.message
 
+    def _hand_out(self, frame: Frame) -> None:
+        receive = self._receivers.get(frame.attempt)
+        if receive is None:
+            return
+        if isinstance(frame, End | EmbedResult | Fail | Busy):
+            del self._receivers[frame.attempt]
+        receive(frame)
+
     def _ended(self) -> None:
         if self._load is not None and not self._load.done():
             self._load.set_exception(EngineDied(self._reason))
-        for queue in self._queues.values():
-            queue.put_nowait(None)
+        receivers, self._receivers = self._receivers, {}
+        for receive in receivers.values():
+            receive(None)
         if self._writer is not None:
             self._writer.close()
 
