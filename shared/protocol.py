@@ -161,6 +161,9 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
     """None: off; k: the chosen token's and the k most likely ones'."""
     constraint: Constraint | None = None
     user: str = ""
+    owner: str = ""
+    """Whose request it is, as a hash of API key and user; empty: nobody's. What is kept across
+    requests for speculation is kept apart by it."""
     traceparent: str = ""
     body_size: int = 0
     """Set only in the head of a request whose body follows in chunks: its bytes in all."""
@@ -333,6 +336,12 @@ class ModelState(msgspec.Struct, frozen=True, omit_defaults=True):
     drafted: int = 0
     accepted: int = 0
     cached_tokens: int = 0
+    prompt_tokens: int = 0
+    drafted_at: tuple[int, ...] = ()
+    """Draft tokens verified, by their position in the draft."""
+    accepted_at: tuple[int, ...] = ()
+    gain: float = 1.0
+    """Tokens/s while speculating over what would have come without."""
     restarts: int = 0
 
 

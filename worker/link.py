@@ -6,7 +6,7 @@ with the frames for each router already encoded, so that the agent only relays b
 """
 
 import struct
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -57,6 +57,14 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config"):
     chat_template: str = ""
     """Overrides the model's own Jinja template."""
     embeddings: bool = True
+    draft: str = ""
+    """Path of the draft model; empty: none."""
+    speculation: Literal["auto", "ngram", "off"] = "auto"
+    """`auto`: draft model and n-gram lookup; `ngram`: lookup alone."""
+    ngram_memory: int = 1 << 20
+    """Tokens kept across requests for n-gram lookup; 0: only a request's own tokens are searched."""
+    prefix_memory: int = 0
+    """Bytes of host memory for the KV of retired sequences whose slots were needed; 0: none."""
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="s"):
@@ -119,6 +127,11 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     accepted: int = 0
     steps: int = 0
     preemptions: int = 0
+    drafted_at: tuple[int, ...] = ()
+    """Draft tokens verified, by their position in the draft."""
+    accepted_at: tuple[int, ...] = ()
+    gain: float = 1.0
+    """Tokens/s of the steps that speculated over what the same sequences would have had without."""
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="t"):
