@@ -1,14 +1,18 @@
 """The engine process against llama.cpp's own ceiling: decode tokens/s at 1 to 32 streams.
 
 Both serve the same load: every stream writes 64 to 192 tokens (128 in the mean) after a 16-token
-prompt and is followed at once by another, so that requests come and go and slots scatter. A rate is
-taken over whole steps in which all streams are busy. Ceiling (`ceiling.py`) and engine take turns,
-and a ratio is that of two neighbours in time.
+prompt and is followed at once by another, so that requests come and go and slots scatter. Both keep
+their load for a whole repetition and take turns at it, a second each, the other stopped meanwhile:
+this machine's speed changes within seconds, and a repetition's ratio is that of the sums over many
+turns. A window begins and ends with a step in which all streams are busy. Speculation is off: the
+ceiling (`ceiling.py`) has none.
 """
 
 import asyncio
 import itertools
+import os
 import random
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -80,61 +84,105 @@ class _Load:
         self._live.add(request.attempt)
 
 
-async def engine_rate(driver: EngineDriver, streams: int, rep: int, seconds: float) -> float:
-    """Tokens a second over a window that begins and ends with a step, all streams busy in it.
+class _Engine:
+    """A load on the engine that runs only within windows; the process is stopped between them.
 
-    Raises:
-        RuntimeError: the engine refused or broke off a request.
-        TimeoutError: it does not get on.
+    What is looked at after each step is looked at in the driver's callback, without a task woken:
+    with as many compute threads as cores, the driver's time is the engine's.
     """
-    window = asyncio.get_running_loop().create_future()
 
-    def fault(reason: str) -> None:
-        if not window.done():
-            window.set_exception(RuntimeError(reason))
+    def __init__(self, driver: EngineDriver, streams: int, rep: int) -> None:
+        self._driver = driver
+        self._streams = streams
+        self._reached: asyncio.Future[None] | None = None
+        self._load = _Load(driver, streams, rep, self._fail)
 
-    load = _Load(driver, streams, rep, fault)
-    before, began = 0, 0.0
+    async def begin(self) -> None:
+        """Wait until every stream has written, and stop.
 
-    def after_step() -> None:
-        nonlocal before, began
-        now = time.perf_counter()
-        if not began:
-            if len(load.running) == streams:
-                before, began = load.tokens, now
-        elif now - began > seconds and not window.done():
-            window.set_result((load.tokens - before) / (now - began))
+        Raises:
+            RuntimeError: the engine refused or broke off a request.
+            TimeoutError: it does not get on.
+        """
+        await self._until(lambda: len(self._load.running) == self._streams)
+        os.kill(self._driver.pid, signal.SIGSTOP)
 
-    driver.after_step = after_step
+    async def window(self, seconds: float) -> tuple[int, float]:
+        """Go on for about `seconds`, from step to step: tokens and seconds; raises as `begin`."""
+        before, began, now = 0, 0.0, 0.0
+
+        def over() -> bool:
+            nonlocal before, began, now
+            now = time.perf_counter()
+            if not began:  # it was stopped in the middle of this step
+                before, began = self._load.tokens, now
+            return now - began >= seconds
+
+        os.kill(self._driver.pid, signal.SIGCONT)
+        await self._until(over)
+        os.kill(self._driver.pid, signal.SIGSTOP)
+        return self._load.tokens - before, now - began
+
+    async def end(self) -> None:
+        """Drop the streams, and let them leave their slots."""
+        os.kill(self._driver.pid, signal.SIGCONT)
+        self._driver.after_step = None
+        self._load.cancel()
+        await asyncio.sleep(0.4)
+
+    async def _until(self, reached: Callable[[], bool]) -> None:
+        future = self._reached = asyncio.get_running_loop().create_future()
+
+        def after_step() -> None:
+            if not future.done() and reached():
+                future.set_result(None)
+
+        self._driver.after_step = after_step
+        async with asyncio.timeout(120):
+            await future
+
+    def _fail(self, reason: str) -> None:
+        if self._reached is not None and not self._reached.done():
+            self._reached.set_exception(RuntimeError(reason))
+
+
+async def repetition(
+    driver: EngineDriver, ceiling: Ceiling, streams: int, rep: int, turns: int, seconds: float
+) -> tuple[float, float]:
+    """Tokens/s of the bare loop and of the engine, over `turns` windows of each."""
+    engine = _Engine(driver, streams, rep)
     try:
-        async with asyncio.timeout(seconds + 120):
-            rate: float = await window
-            return rate
+        await engine.begin()
+        await ceiling.begin(streams, rep)
+        sums = {False: [0, 0.0], True: [0, 0.0]}
+        for turn in range(turns):
+            # in the order ABBA, so that a drift of the machine's speed falls on both
+            for ours in (False, True) if turn % 2 else (True, False):
+                tokens, took = await (engine if ours else ceiling).window(seconds)
+                sums[ours][0] += tokens
+                sums[ours][1] += took
     finally:
-        driver.after_step = None
-        load.cancel()
+        await engine.end()
+    return sums[False][0] / sums[False][1], sums[True][0] / sums[True][1]
 
 
 async def measure(
-    path: Path, threads: int, streams: tuple[int, ...], reps: int, seconds: float
+    path: Path, threads: int, streams: tuple[int, ...], reps: int, turns: int, seconds: float
 ) -> list[list[str]]:
     """Measure one model at one number of threads; returns a row for each number of streams."""
     rows = []
-    driver = EngineDriver(str(path), slots=MOST_STREAMS, context=CONTEXT, threads=threads)
+    driver = EngineDriver(
+        str(path), slots=MOST_STREAMS, context=CONTEXT, threads=threads, speculation="off"
+    )
     await driver.start()
     try:
         async with Ceiling(path, threads) as ceiling:
             for n in streams:
-                bare, ours = [], []
-                for rep in range(reps):
-                    turns = [True, False] if rep % 2 else [False, True]
-                    for engine in turns:
-                        if engine:
-                            ours.append(await engine_rate(driver, n, rep, seconds))
-                            await asyncio.sleep(0.3)  # cancelled streams leave their slots
-                        else:
-                            bare.append(await ceiling.rate(n, rep, seconds))
-                ratios = [own / best for own, best in zip(ours, bare, strict=True)]
+                pairs = [
+                    await repetition(driver, ceiling, n, rep, turns, seconds) for rep in range(reps)
+                ]
+                bare, ours = zip(*pairs, strict=True)
+                ratios = [own / best for best, own in pairs]
                 figures = [median_and_range(values) for values in (bare, ours, ratios)]
                 rows.append([path.stem, str(threads), str(n), *figures])
                 print(*rows[-1], sep=" | ", flush=True)
@@ -152,7 +200,8 @@ def main(
     threads: tuple[int, ...] = (1, 2),
     streams: tuple[int, ...] = (1, 4, 8, 16, 32),
     reps: int = 5,
-    seconds: float = 3.0,
+    turns: int = 4,
+    seconds: float = 1.0,
 ) -> None:
     """Print tokens/s of the bare loop and of the engine, and their ratio.
 
@@ -161,13 +210,14 @@ def main(
         threads: threads of both; may be given several times
         streams: how many at once, at most 32; may be given several times
         reps: repetitions, of which the median is shown
-        seconds: the window of one repetition on one side
+        turns: windows of each side in a repetition
+        seconds: length of a window
     """
     with tempfile.TemporaryDirectory() as folder:
         paths = models or (smollm2(), smollm2_q4_0(Path(folder)))
         rows = []
         for path, count in itertools.product(paths, threads):
-            rows += uvloop.run(measure(path, count, streams, reps, seconds))
+            rows += uvloop.run(measure(path, count, streams, reps, turns, seconds))
     head = ("model", "threads", "streams", "bare loop, tok/s", "engine, tok/s", "ratio")
     print(f"\n{markdown(head, rows)}")
 

@@ -2,10 +2,11 @@
 
     python -m loadtests.ceiling MODEL.gguf --threads N
 
-Reads lines `streams rep seconds` and answers each with a line, the rate in tokens/s. Arrays filled,
-one call a step, argmax, nothing else; the streams lie in consecutive slots, the best case for
-llama.cpp. It has its own process, and the loop the main thread, because llama.cpp's threads belong
-to the one that calls it: beside a busy interpreter the loop would be slower than the engine.
+Reads lines: `streams rep` begins a load, `seconds` goes on with it for so long. Answers each with a
+line, tokens and seconds. Arrays filled, one call a step, argmax, nothing else; the streams lie in
+consecutive slots, the best case for llama.cpp. It has its own process, and the loop the main
+thread, because llama.cpp's threads belong to the one that calls it: beside a busy interpreter the
+loop would be slower than the engine.
 """
 
 import argparse
@@ -58,8 +59,8 @@ class _Loop:
         )
         self._batch = Batch(512)
 
-    def rate(self, streams: int, rep: int, seconds: float) -> float:
-        """Tokens a second from the time on at which all streams are busy.
+    def load(self, streams: int, rep: int) -> Iterator[int]:
+        """Start the streams, then run for ever: the tokens of a step with all of them, each time.
 
         Raises:
             RuntimeError: llama.cpp failed.
@@ -72,22 +73,20 @@ class _Loop:
         position = np.zeros(streams, dtype=np.int32)
         token = np.zeros(streams, dtype=np.int32)
         slots = np.arange(streams, dtype=np.int32)
-        started, count, began = 0, 0, 0.0
+        started = 0
         while True:
             # One joins a step, as in the engine, so that both windows find streams equally long.
             started = min(started + 1, streams)
+            count = started
             for s in np.flatnonzero(left[:started] <= 0):
                 token[s] = self._prefill(int(s), prompt(rng))
                 left[s], position[s] = next(plans[s]) - 1, PROMPT
                 count += 1
-            if not began and started == streams:
-                began, count = time.perf_counter(), 0
-            if began and time.perf_counter() - began > seconds:
-                return count / (time.perf_counter() - began)
             token[:started] = self._step(token[:started], position[:started], slots[:started])
             position[:started] += 1
             left[:started] -= 1
-            count += started
+            if started == streams:
+                yield count
 
     def _prefill(self, slot: int, tokens: list[int]) -> int:
         batch = self._batch
@@ -146,17 +145,30 @@ class Ceiling:
             self._process.kill()
         await self._process.wait()
 
-    async def rate(self, streams: int, rep: int, seconds: float) -> float:
-        """Tokens a second over `seconds`, after the prompts of all streams.
+    async def begin(self, streams: int, rep: int) -> None:
+        """Start a load of so many streams; what ran before is dropped.
 
         Raises:
             RuntimeError: the process ended.
             TimeoutError: it did not answer.
         """
+        await self._ask(f"{streams} {rep}", 60)
+
+    async def window(self, seconds: float) -> tuple[int, float]:
+        """Go on with the load for about `seconds`: its tokens, and the seconds they took.
+
+        Raises:
+            RuntimeError: the process ended.
+            TimeoutError: it did not answer.
+        """
+        tokens, took = (await self._ask(f"{seconds}", seconds + 60)).split()
+        return int(tokens), float(took)
+
+    async def _ask(self, line: str, timeout: float) -> bytes:
         assert self._process is not None
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{streams} {rep} {seconds}\n".encode())
-        return float(await self._line(seconds + 60))
+        self._process.stdin.write(f"{line}\n".encode())
+        return await self._line(timeout)
 
     async def _line(self, timeout: float) -> bytes:
         assert self._process is not None
@@ -177,9 +189,17 @@ def main() -> None:
     silence()
     loop = _Loop(args.model, args.threads)
     print("ready", flush=True)
+    load: Iterator[int] = iter(())
     for line in sys.stdin:
-        streams, rep, seconds = line.split()
-        print(loop.rate(int(streams), int(rep), float(seconds)), flush=True)
+        words = line.split()
+        tokens, began = 0, time.perf_counter()
+        if len(words) == 2:
+            load = loop.load(int(words[0]), int(words[1]))
+            next(load)
+        else:
+            while time.perf_counter() - began < float(words[0]):
+                tokens += next(load)
+        print(tokens, time.perf_counter() - began, flush=True)
 
 
 if __name__ == "__main__":
