@@ -5,6 +5,8 @@
     aliases = ["smol"]
     context = 4096
     slots = 8
+    draft = "smol-q4"        # a model of this file, a file beside it, or "none"
+    speculation = "auto"     # or "ngram" (no draft model), or "off"
 
 A file that no entry names is known by its name without `.gguf`. Of a split model the first part
 stands for all. Nothing is opened here but `models.toml` and the templates it names.
@@ -13,16 +15,27 @@ stands for all. Nothing is opened here but `models.toml` and the templates it na
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from shared.command_line import Refused
 from worker.hub import PREFIX, HubError, HubSource, parse_source
 
-__all__ = ("Catalog", "CatalogError", "ModelOptions", "ModelSource", "read_catalog")
+__all__ = (
+    "Catalog",
+    "CatalogError",
+    "ModelOptions",
+    "ModelSource",
+    "Speculation",
+    "read_catalog",
+)
 
 TOML = "models.toml"
+NO_DRAFT = "none"
+
+Speculation = Literal["auto", "ngram", "off"]
+"""`auto`: draft model and n-gram lookup; `ngram`: lookup alone."""
 
 _LATER_PART = re.compile(r".+-(?P<number>\d{5})-of-\d{5}\.gguf")
 _FIRST_PART = re.compile(r"(?P<stem>.+)-00001-of-\d{5}")
@@ -49,6 +62,10 @@ class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Jinja text that replaces the model's own template."""
     chat_template_file: str = ""
     """The same from a file beside `models.toml`."""
+    draft: str = ""
+    """Name of a model of the catalog, a file beside `models.toml`, or `none`; empty: what is found
+    among the files at hand."""
+    speculation: Speculation | None = None
 
 
 class ModelSource(msgspec.Struct, frozen=True):
@@ -57,6 +74,10 @@ class ModelSource(msgspec.Struct, frozen=True):
     name: str
     file: Path | HubSource
     options: ModelOptions
+    draft: Path | HubSource | None = None
+    """The draft that the operator chose."""
+    candidates: tuple[Path, ...] = ()
+    """Files among which a draft may be found where none was chosen."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,13 +100,26 @@ class Catalog(msgspec.Struct, frozen=True):
         if not wanted:
             if not self.models:
                 raise CatalogError(f"no model in {self.folder}: no *.gguf file and no {TOML} entry")
-            return tuple(self.models.values())
+            return tuple(self._with_candidates(source) for source in self.models.values())
         chosen: dict[str, ModelSource] = {}
         for text in wanted:
             source = self._find(text)
-            chosen.setdefault(source.name, source)
+            chosen.setdefault(source.name, self._with_candidates(source))
         _refuse_twins(chosen.values(), "--model")
         return tuple(chosen.values())
+
+    def _with_candidates(self, source: ModelSource) -> ModelSource:
+        """The model with the files that might draft for it: the catalog's, and those beside it."""
+        if source.options.draft:
+            return source
+        files = [other.file for other in self.models.values() if isinstance(other.file, Path)]
+        own = source.file.resolve() if isinstance(source.file, Path) else None
+        if isinstance(source.file, Path):
+            files += _models_in(source.file.parent)
+        others = {file.resolve(): file for file in files}
+        return msgspec.structs.replace(
+            source, candidates=tuple(file for path, file in others.items() if path != own)
+        )
 
     def _find(self, text: str) -> ModelSource:
         for source in self.models.values():
@@ -123,13 +157,38 @@ def read_catalog(folder: Path) -> Catalog:
     for source in _declared(folder):
         models[source.name] = source
     declared = {s.file.resolve() for s in models.values() if isinstance(s.file, Path)}
-    for path in sorted(folder.glob("*.gguf")):
-        later = _LATER_PART.fullmatch(path.name)
-        if path.resolve() in declared or (later is not None and int(later["number"]) != 1):
-            continue
-        models.setdefault(_plain(path).name, _plain(path))
+    for path in _models_in(folder):
+        if path.resolve() not in declared:
+            models.setdefault(_plain(path).name, _plain(path))
     _refuse_twins(models.values(), TOML)
-    return Catalog(folder, models)
+    paired = {name: _with_draft(folder, source, models) for name, source in models.items()}
+    return Catalog(folder, paired)
+
+
+def _models_in(folder: Path) -> list[Path]:
+    """The GGUF files of a folder, without the later parts of split models."""
+    return [
+        path
+        for path in sorted(folder.glob("*.gguf"))
+        if (later := _LATER_PART.fullmatch(path.name)) is None or int(later["number"]) == 1
+    ]
+
+
+def _with_draft(folder: Path, source: ModelSource, models: dict[str, ModelSource]) -> ModelSource:
+    wanted = source.options.draft
+    if wanted in ("", NO_DRAFT):
+        return source
+    named = next((other.file for other in models.values() if wanted in other.names), None)
+    where = f'{folder / TOML}: models."{source.name}".draft'
+    if named is None and not (folder / wanted).is_file():
+        raise CatalogError(
+            f"{where}: no model and no file {wanted!r}; wanted the name of a model, "
+            f'a file beside {TOML}, or "{NO_DRAFT}"'
+        )
+    file = folder / wanted if named is None else named
+    if file == source.file:
+        raise CatalogError(f"{where}: {wanted!r} is the model itself")
+    return msgspec.structs.replace(source, draft=file)
 
 
 def _plain(path: Path) -> ModelSource:

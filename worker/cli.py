@@ -29,7 +29,7 @@ from shared.command_line import (
 from shared.sizes import parse_size
 from worker import hardware
 from worker.agent import Agent, AgentSettings
-from worker.catalog import ModelSource, read_catalog
+from worker.catalog import ModelSource, Speculation, read_catalog
 from worker.engine_process import ENGINE_COMMAND
 from worker.preparing import ServingSettings
 
@@ -62,6 +62,7 @@ def serve(
     threads: _NotNegative = 0,
     ctx: _NotNegative = 0,
     gpu_layers: Annotated[int | None, Parameter(validator=Number(gte=-1))] = None,
+    speculation: Speculation = "auto",
     queue: _NotNegative = 64,
     grace: Annotated[float, Parameter(validator=Number(gte=0))] = 30.0,
     name: _Text = "",
@@ -90,6 +91,9 @@ def serve(
         Tokens of context for one sequence; 0 takes what the model was trained with, at most 4096.
     gpu_layers
         Layers on the GPU, -1 for all. Without it, all if there is a GPU.
+    speculation
+        Drafting tokens ahead: auto with a draft model, where there is one, and n-gram lookup;
+        ngram with lookup alone; off.
     queue
         Requests that may wait per model when all slots are taken.
     grace
@@ -113,6 +117,7 @@ def serve(
             context=ctx,
             threads=threads,
             gpu_layers=_gpu_layers(gpu_layers),
+            speculation=speculation,
             cache=cache,
             command=tuple(shlex.split(engine_command)) or ENGINE_COMMAND,
         ),

@@ -14,7 +14,14 @@ from typing import NamedTuple
 
 import msgspec
 
-__all__ = ("GgufError", "Header", "estimate_memory", "read_header", "split_parts")
+__all__ = (
+    "GgufError",
+    "Header",
+    "SpecialTokens",
+    "estimate_memory",
+    "read_header",
+    "split_parts",
+)
 
 _BLOCKS: dict[int, tuple[int, int]] = {
     0: (1, 4),
@@ -90,6 +97,14 @@ class _Length(msgspec.Struct, frozen=True):
 Value = int | float | bool | str | tuple[int | float | bool, ...] | _Length
 
 
+class SpecialTokens(NamedTuple):
+    """Ids that the header names; -1: it names none."""
+
+    bos: int = -1
+    eos: int = -1
+    eot: int = -1
+
+
 class Header(msgspec.Struct, frozen=True):
     """What the planner and the operator want to know of a model."""
 
@@ -118,13 +133,33 @@ class Header(msgspec.Struct, frozen=True):
     vocabulary: int
     experts: int
     chat_template: bool
+    basename: str = ""
+    """Name of the family without size and version, as "SmolLM2"; empty where the file has none."""
+    parameters: int = 0
+    """Elements of all tensors."""
+    layer_bytes: dict[int, int] = {}
+    """Bytes of the layers' matrices by ggml tensor type, embedding and output left out."""
+    tokenizer: str = ""
+    """`tokenizer.ggml.model`, as "gpt2"."""
+    pre_tokenizer: str = ""
+    """`tokenizer.ggml.pre`, as "smollm"."""
+    special_tokens: SpecialTokens = SpecialTokens()
+    causal: bool = True
+    """False: every token sees those after it, so the model cannot generate."""
+
+
+class _Tensors(msgspec.Struct, frozen=True):
+    count: int
+    size: int
+    """Bytes."""
+    elements: int
+    layer_bytes: dict[int, int]
 
 
 class _Part(NamedTuple):
     values: dict[str, Value]
     size: int
-    tensors: int
-    tensor_bytes: int
+    tensors: _Tensors
 
 
 def split_parts(path: Path) -> tuple[Path, ...]:
@@ -175,8 +210,8 @@ def read_header(path: Path) -> Header:
         size=sum(part.size for part in parts),
         modified=int(path.stat().st_mtime),
         parts=len(parts),
-        tensors=sum(part.tensors for part in parts),
-        tensor_bytes=sum(part.tensor_bytes for part in parts),
+        tensors=sum(part.tensors.count for part in parts),
+        tensor_bytes=sum(part.tensors.size for part in parts),
         block_count=layers,
         context_length=number("context_length"),
         embedding_length=embedding,
@@ -189,6 +224,18 @@ def read_header(path: Path) -> Header:
         vocabulary=tokens.count if isinstance(tokens, _Length) else number("vocab_size"),
         experts=number("expert_count"),
         chat_template="tokenizer.chat_template" in values,
+        basename=_text(values, "general.basename"),
+        parameters=sum(part.tensors.elements for part in parts),
+        layer_bytes=_added([part.tensors.layer_bytes for part in parts]),
+        tokenizer=_text(values, "tokenizer.ggml.model"),
+        pre_tokenizer=_text(values, "tokenizer.ggml.pre"),
+        special_tokens=SpecialTokens(
+            *(
+                _plain_int(values.get(f"tokenizer.ggml.{name}_token_id", -1))
+                for name in SpecialTokens._fields
+            )
+        ),
+        causal=values.get(f"{architecture}.attention.causal") is not False,
     )
 
 
@@ -214,6 +261,11 @@ def _text(values: dict[str, Value], key: str) -> str:
 
 def _plain_int(value: Value | None) -> int:
     return value if isinstance(value, int) else 0
+
+
+def _added(tables: list[dict[int, int]]) -> dict[int, int]:
+    kinds = {kind for table in tables for kind in table}
+    return {kind: sum(table.get(kind, 0) for table in tables) for kind in sorted(kinds)}
 
 
 def _per_layer(value: Value, layers: int) -> tuple[int, ...]:
@@ -315,12 +367,13 @@ def _parse(cursor: _Cursor) -> _Part:
     for _ in range(count):
         key = cursor.string()
         values[key] = cursor.value(cursor.u32())
-    return _Part(values, cursor.end, tensors, _check_tensors(cursor, tensors, values))
+    return _Part(values, cursor.end, _read_tensors(cursor, tensors, values))
 
 
-def _check_tensors(cursor: _Cursor, count: int, values: dict[str, Value]) -> int:
-    """Sum the tensors' bytes, and make sure that all of them are in the file."""
-    total, last, last_name = 0, 0, ""
+def _read_tensors(cursor: _Cursor, count: int, values: dict[str, Value]) -> _Tensors:
+    """Sum the tensors up, and make sure that all of them are in the file."""
+    total, elements, last, last_name = 0, 0, 0, ""
+    layer_bytes: dict[int, int] = {}
     for _ in range(count):
         tensor = cursor.string()
         dimensions = [cursor.u64() for _ in range(min(cursor.u32(), 8))]
@@ -331,6 +384,9 @@ def _check_tensors(cursor: _Cursor, count: int, values: dict[str, Value]) -> int
             raise GgufError(f"{cursor.name}: damaged: tensor {tensor!r} has shape {dimensions}")
         size = prod(dimensions) // block * block_bytes
         total += size
+        elements += prod(dimensions)
+        if len(dimensions) > 1 and tensor.startswith("blk."):
+            layer_bytes[kind] = layer_bytes.get(kind, 0) + size
         if offset + size > last:
             last, last_name = offset + size, tensor
     alignment = _plain_int(values.get("general.alignment")) or 32
@@ -340,4 +396,4 @@ def _check_tensors(cursor: _Cursor, count: int, values: dict[str, Value]) -> int
             f"{cursor.name}: truncated: tensor {last_name!r} ends at byte {end}, "
             f"the file at {cursor.end}"
         )
-    return total
+    return _Tensors(count, total, elements, layer_bytes)

@@ -4,9 +4,20 @@ Pure arithmetic. A model is granted what it wishes for, down to a fair share of 
 never less than it needs at least; one whose least does not fit is refused and the others go on.
 """
 
+from typing import NamedTuple
+
 from shared.sizes import format_size
 
-__all__ = ("MemoryBudget", "NotEnoughMemory")
+__all__ = ("Grant", "MemoryBudget", "NotEnoughMemory")
+
+
+class Grant(NamedTuple):
+    """What one model may use."""
+
+    model: int
+    """Bytes, its draft's not counted; 0: no limit."""
+    draft: bool
+    """Whether its draft has been granted as well."""
 
 
 class NotEnoughMemory(Exception):
@@ -21,8 +32,16 @@ class MemoryBudget:
         self.left = total
         self.outstanding = models
 
-    def claim(self, *, least: int, wish: int) -> int:
-        """Grant one model its bytes; 0 if nothing is limited.
+    def claim(self, *, least: int, wish: int, draft: int = 0) -> Grant:
+        """Grant one model its bytes, and those of its draft if they are well spent.
+
+        A draft must fit into the model's fair share beside what the model needs at least, and may
+        cost it at most a quarter of what it would have had alone.
+
+        Args:
+            least: bytes without which the model cannot be served.
+            wish: bytes beyond which it has no use for more.
+            draft: bytes of the draft, all of them or none; 0: there is none.
 
         Raises:
             NotEnoughMemory: not even `least` is left.
@@ -32,15 +51,19 @@ class MemoryBudget:
         share = self.left // self.outstanding
         self.outstanding -= 1
         if not self.total:
-            return 0
+            return Grant(0, bool(draft))
         if least > self.left:
             raise NotEnoughMemory(
                 f"needs at least {format_size(least)}, "
                 f"{format_size(self.left)} of {format_size(self.total)} are left"
             )
-        granted = max(least, min(wish, share))
-        self.left -= granted
-        return granted
+        alone = max(least, min(wish, share))
+        beside = min(wish, share - draft)
+        if draft and beside >= least and 4 * beside >= 3 * alone:
+            self.left -= beside + draft
+            return Grant(beside, True)
+        self.left -= alone
+        return Grant(alone, False)
 
     def waive(self) -> None:
         """One model will not claim: its share is for the others."""

@@ -1,7 +1,8 @@
 """From an entry of the catalog to the configuration of an engine.
 
-Has the file fetched if it is on the hub, reads and checks its header, and claims memory for it. All
-that can be wrong with a model before llama.cpp sees it is found here, in one clear line.
+Has the file fetched if it is on the hub, reads and checks its header, chooses a draft, and claims
+memory for both. All that can be wrong with a model before llama.cpp sees it is found here, in one
+clear line; what is wrong with a draft only costs the draft.
 """
 
 import asyncio
@@ -10,11 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
+import structlog
 
-from worker.catalog import ModelSource
+from worker.catalog import ModelSource, Speculation
+from worker.drafts import find_draft, read_candidates
 from worker.engine_process import ENGINE_COMMAND
-from worker.gguf_header import Header, estimate_memory, read_header
-from worker.hub import fetch
+from worker.gguf_header import GgufError, Header, estimate_memory, read_header
+from worker.hub import HubError, HubSource, fetch
 from worker.link import EngineConfig
 from worker.memory_budget import MemoryBudget, NotEnoughMemory
 
@@ -26,9 +29,10 @@ USUAL_CONTEXT = 4096
 LEAST_CELLS = 512
 """KV cells without which a model is not worth loading."""
 
-
 ALL_LAYERS = 9999
 """More than any model has."""
+
+_log = structlog.get_logger()
 
 
 class ServingSettings(msgspec.Struct, frozen=True):
@@ -40,6 +44,7 @@ class ServingSettings(msgspec.Struct, frozen=True):
     threads: int = 0
     gpu_layers: int = 0
     """Negative: all."""
+    speculation: Speculation = "auto"
     cache: Path | None = None
     """Folder for downloads; None: huggingface_hub's own."""
     command: Sequence[str] = ENGINE_COMMAND
@@ -70,14 +75,18 @@ async def prepare(
         GgufError: it is no GGUF, truncated, or otherwise no model.
         NotEnoughMemory: it does not fit.
     """
+    options = source.options
+    speculation = options.speculation or settings.speculation
+    draft: Header | None = None
     try:
-        path = await _locate(source, settings.cache, stopping, tell)
+        path = await _locate(source.file, settings.cache, stopping, tell)
         tell("reading")
         header = await asyncio.to_thread(read_header, path)
+        if speculation == "auto":
+            draft = await _choose_draft(source, header, settings.cache, stopping, tell)
     except BaseException:
         budget.waive()
         raise
-    options = source.options
     slots = options.slots or settings.slots
     asked = options.context or settings.context
     context = asked or min(header.context_length or USUAL_CONTEXT, USUAL_CONTEXT)
@@ -86,9 +95,12 @@ async def prepare(
             least=estimate_memory(header, cells=asked or min(context, LEAST_CELLS)),
             # Beyond the estimate, so that what the engine adds does not cost it KV cells.
             wish=estimate_memory(header, cells=slots * context) * 5 // 4,
+            draft=estimate_memory(draft, cells=slots * context) if draft else 0,
         )
     except NotEnoughMemory as error:
         raise NotEnoughMemory(f"{path.name}: {error}") from None
+    if draft is not None:
+        _tell_draft(source, draft, granted.draft)
     gpu_layers = settings.gpu_layers if options.gpu_layers is None else options.gpu_layers
     config = EngineConfig(
         path=str(path),
@@ -99,17 +111,56 @@ async def prepare(
         threads=options.threads or settings.threads,
         gpu_layers=ALL_LAYERS if gpu_layers < 0 else gpu_layers,
         step_tokens=options.step_tokens or 512,
-        memory_limit=granted,
+        memory_limit=granted.model,
         chat_template=options.chat_template,
         embeddings=options.embeddings,
+        draft=draft.path if draft is not None and granted.draft else "",
+        speculation=speculation,
     )
     return config, header
 
 
+async def _choose_draft(
+    source: ModelSource,
+    target: Header,
+    cache: Path | None,
+    stopping: threading.Event,
+    tell: Callable[[str], None],
+) -> Header | None:
+    """The draft that was asked for, else the best of the files at hand; None: there is none."""
+    if source.draft is None:
+        candidates = await asyncio.to_thread(
+            read_candidates, source.candidates, most_bytes=target.size
+        )
+        return find_draft(target, candidates)
+    try:
+        path = await _locate(source.draft, cache, stopping, tell)
+        return await asyncio.to_thread(read_header, path)
+    except (HubError, GgufError) as error:
+        _log.warning("draft.unusable", model=source.name, reason=" ".join(str(error).split()))
+        return None
+
+
+def _tell_draft(source: ModelSource, draft: Header, granted: bool) -> None:
+    name = Path(draft.path).name
+    if granted:
+        found = source.draft is None
+        _log.info("draft.chosen", model=source.name, draft=name, found_by_itself=found)
+    else:
+        _log.warning(
+            "draft.left_out",
+            model=source.name,
+            draft=name,
+            reason="no memory for it beside the model; --memory, --slots or --ctx makes room",
+        )
+
+
 async def _locate(
-    source: ModelSource, cache: Path | None, stopping: threading.Event, tell: Callable[[str], None]
+    file: Path | HubSource,
+    cache: Path | None,
+    stopping: threading.Event,
+    tell: Callable[[str], None],
 ) -> Path:
-    file = source.file
     if isinstance(file, Path):
         return file
     tell(f"downloading {file.repo}")

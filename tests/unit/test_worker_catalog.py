@@ -64,6 +64,44 @@ def test_choosing(folder: Path, tmp_path_factory: pytest.TempPathFactory):
         catalog.choose(("hf:o/r",))
 
 
+def test_a_draft_is_a_model_a_file_or_none(folder: Path):
+    (folder / "drafts").mkdir()
+    (folder / "drafts" / "d.gguf").touch()
+    declare(
+        folder,
+        '[models.x]\nfile = "a.gguf"\ndraft = "y2"\n'
+        '[models.y]\nfile = "hf:o/r:y.gguf"\naliases = ["y2"]\ndraft = "drafts/d.gguf"\n'
+        '[models.z]\nfile = "hf:o/r:z.gguf"\ndraft = "none"\nspeculation = "ngram"\n',
+    )
+    chosen = {model.name: model for model in read_catalog(folder).choose(())}
+    assert chosen["x"].draft == HubSource("o/r", "y.gguf")
+    assert chosen["y"].draft == folder / "drafts/d.gguf"
+    assert chosen["z"].draft is None
+    assert chosen["z"].options.speculation == "ngram"
+    assert [chosen[name].candidates for name in "xyz"] == [(), (), ()]
+
+
+def test_a_draft_is_looked_for_in_the_folder_and_beside_the_file(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for name in ("c.gguf", "d.gguf", "e-00001-of-00002.gguf", "e-00002-of-00002.gguf"):
+        (elsewhere / name).touch()
+    declare(folder, '[models.x]\nfile = "a.gguf"\n[models.far]\nfile = "hf:o/r:x.gguf"\n')
+    catalog = read_catalog(folder)
+
+    def found(text: str) -> list[str]:
+        (model,) = catalog.choose((text,))
+        return sorted(path.name for path in model.candidates)
+
+    assert found("x") == ["b.Q4_0.gguf"]
+    assert found("b.Q4_0") == ["a.gguf"]
+    assert found("far") == ["a.gguf", "b.Q4_0.gguf"]
+    first = "e-00001-of-00002.gguf"
+    assert found(str(elsewhere / "c.gguf")) == ["a.gguf", "b.Q4_0.gguf", "d.gguf", first]
+    assert len(catalog.choose(())[0].candidates) == 1
+
+
 def test_two_models_of_one_name_are_refused(folder: Path):
     declare(folder, '[models.x]\nfile = "a.gguf"\naliases = ["b.Q4_0"]\n')
     with pytest.raises(CatalogError, match=r"'b\.Q4_0' is given to two models"):
@@ -88,6 +126,15 @@ def test_two_models_of_one_name_are_refused(folder: Path):
             '[models.x]\nfile = "a"\nchat_template = "x"\nchat_template_file = "none"',
             r'models\."x"\.chat_template_file: chat_template is given as well',
         ),
+        (
+            '[models.x]\nfile = "a.gguf"\ndraft = "q"',
+            r'models\."x"\.draft: no model and no file \'q\'; wanted .*or "none"$',
+        ),
+        (
+            '[models.x]\nfile = "a.gguf"\naliases = ["b"]\ndraft = "b"',
+            r'models\."x"\.draft: \'b\' is the model itself',
+        ),
+        ('[models.x]\nfile = "a"\nspeculation = "on"', r'models\."x"\.speculation: '),
         ("[model.x]\n", "model: unknown key"),
         ("models = 1\n", "models: wanted tables"),
         ("models.x = 1\n", r'models\."x": Expected `object`'),

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from worker.gguf_header import _BLOCKS, GgufError, estimate_memory, read_header, split_parts
+from worker.gguf_header import (
+    _BLOCKS,
+    GgufError,
+    SpecialTokens,
+    estimate_memory,
+    read_header,
+    split_parts,
+)
 
 
 def write(path: Path, *, heads_kv: int | list[int] | None = None, extra: bool = True) -> Path:
@@ -30,7 +37,13 @@ def write(path: Path, *, heads_kv: int | list[int] | None = None, extra: bool = 
         writer.add_chat_template("{{ messages }}")
         writer.add_bool("general.flag", True)
         writer.add_array("general.tags", ["a", "b"])
-    writer.add_tensor("a", np.zeros((8, 64), dtype=np.float32))
+        writer.add_basename("Tiny")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("tiny-bpe")
+        writer.add_bos_token_id(0)
+        writer.add_eot_token_id(4999)
+        writer.add_causal_attention(False)
+    writer.add_tensor("blk.0.w", np.zeros((8, 64), dtype=np.float32))
     writer.add_tensor("b", np.zeros((3, 32), dtype=np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -56,6 +69,11 @@ def test_what_a_header_says(tmp_path: Path):
     assert header.tensors == 2
     assert header.tensor_bytes == 8 * 64 * 4 + 3 * 32 * 2
     assert header.size == (tmp_path / "tiny.gguf").stat().st_size
+    assert header.parameters == 8 * 64 + 3 * 32
+    assert header.layer_bytes == {0: 8 * 64 * 4}
+    assert (header.basename, header.tokenizer, header.pre_tokenizer) == ("Tiny", "gpt2", "tiny-bpe")
+    assert header.special_tokens == SpecialTokens(bos=0, eos=-1, eot=4999)
+    assert not header.causal
 
 
 def test_heads_may_differ_by_layer_and_default_to_all(tmp_path: Path):
@@ -65,6 +83,8 @@ def test_heads_may_differ_by_layer_and_default_to_all(tmp_path: Path):
     bare = read_header(write(tmp_path / "b.gguf", extra=False))
     assert bare.head_counts_kv == (4, 4, 4)
     assert (bare.vocabulary, bare.chat_template) == (0, False)
+    assert (bare.basename, bare.tokenizer, bare.special_tokens) == ("", "", SpecialTokens())
+    assert bare.causal
 
 
 def test_the_real_model():
@@ -78,6 +98,10 @@ def test_the_real_model():
         header.vocabulary,
     ) == reader_says
     assert header.kv_bytes_per_token == 30 * 3 * (64 + 64) * 2
+    assert header.parameters == 134_515_008
+    assert (header.tokenizer, header.pre_tokenizer) == ("gpt2", "smollm")
+    assert header.special_tokens == SpecialTokens(bos=1, eos=2)
+    assert list(header.layer_bytes) == [3]  # Q4_1
     assert header.size > header.tensor_bytes > 0.9 * header.size
     # What was measured for this model: about 100 MB of logits beside the weights.
     assert 190e6 < estimate_memory(header, cells=512) < 300e6
@@ -164,4 +188,5 @@ def test_a_split_model_is_all_its_parts(tmp_path: Path, whole: bytes):
     header = read_header(first)
     assert header.parts == 2
     assert header.tensors == 4
+    assert header.layer_bytes == {0: 2 * 8 * 64 * 4}
     assert header.size == len(whole) + (tmp_path / "m-00002-of-00002.gguf").stat().st_size

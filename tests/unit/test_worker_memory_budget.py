@@ -3,45 +3,72 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.memory_budget import MemoryBudget, NotEnoughMemory
+from worker.memory_budget import Grant, MemoryBudget, NotEnoughMemory
 
 
 @given(
     total=st.integers(1, 1000),
-    claims=st.lists(st.tuples(st.integers(1, 600), st.integers(0, 900)), min_size=1, max_size=6),
+    claims=st.lists(
+        st.tuples(st.integers(1, 600), st.integers(0, 900), st.integers(0, 300)),
+        min_size=1,
+        max_size=6,
+    ),
 )
-def test_grants_fit_and_suffice(total: int, claims: list[tuple[int, int]]):
+def test_grants_fit_and_suffice(total: int, claims: list[tuple[int, int, int]]):
     budget = MemoryBudget(total, len(claims))
     granted = 0
-    for least, more in claims:
-        left = budget.left
+    for least, more, draft in claims:
+        left, share = budget.left, budget.left // budget.outstanding
         try:
-            grant = budget.claim(least=least, wish=least + more)
+            grant = budget.claim(least=least, wish=least + more, draft=draft)
         except NotEnoughMemory:
             assert least > left
         else:
-            assert least <= grant <= least + more
-            granted += grant
+            assert least <= grant.model <= least + more
+            granted += grant.model
+            if grant.draft:
+                assert draft > 0
+                assert grant.model + draft <= share
+                assert 4 * grant.model >= 3 * min(least + more, share)
+                granted += draft
     assert granted + budget.left == total
 
 
 def test_what_one_does_not_need_is_for_the_next():
     budget = MemoryBudget(100, 2)
-    assert budget.claim(least=10, wish=20) == 20
-    assert budget.claim(least=10, wish=500) == 80
+    assert budget.claim(least=10, wish=20) == Grant(20, False)
+    assert budget.claim(least=10, wish=500) == Grant(80, False)
 
 
 def test_a_fair_share_is_kept_for_those_to_come():
     budget = MemoryBudget(100, 2)
-    assert budget.claim(least=10, wish=500) == 50
-    assert budget.claim(least=10, wish=500) == 50
+    assert budget.claim(least=10, wish=500) == Grant(50, False)
+    assert budget.claim(least=10, wish=500) == Grant(50, False)
 
 
 def test_a_model_that_fails_leaves_its_share():
     budget = MemoryBudget(100, 2)
     budget.waive()
-    assert budget.claim(least=10, wish=500) == 100
+    assert budget.claim(least=10, wish=500) == Grant(100, False)
 
 
 def test_no_limit_grants_no_limit():
-    assert MemoryBudget(0, 1).claim(least=10**15, wish=10**16) == 0
+    assert MemoryBudget(0, 1).claim(least=10**15, wish=10**16) == Grant(0, False)
+    assert MemoryBudget(0, 1).claim(least=10**15, wish=10**16, draft=10**15) == Grant(0, True)
+
+
+def test_a_draft_is_counted():
+    budget = MemoryBudget(100, 1)
+    assert budget.claim(least=10, wish=60, draft=30) == Grant(60, True)
+    assert budget.left == 10
+
+
+def test_a_draft_may_cost_its_model_a_quarter_and_no_more():
+    assert MemoryBudget(100, 1).claim(least=10, wish=500, draft=25) == Grant(75, True)
+    assert MemoryBudget(100, 1).claim(least=10, wish=500, draft=26) == Grant(100, False)
+    assert MemoryBudget(100, 1).claim(least=80, wish=500, draft=25) == Grant(100, False)
+
+
+def test_a_draft_takes_nothing_from_the_others():
+    assert MemoryBudget(100, 2).claim(least=45, wish=45, draft=6) == Grant(45, False)
+    assert MemoryBudget(100, 2).claim(least=45, wish=45, draft=5) == Grant(45, True)
