@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable
+from typing import Literal
 
 import msgspec
 
@@ -72,6 +73,9 @@ class EngineDriver:
         kv_tokens: int = 0,
         gpu_layers: int = 0,
         embeddings: bool = False,
+        draft: str = "",
+        speculation: Literal["auto", "ngram", "off"] = "auto",
+        ngram_memory: int = 1 << 20,
     ) -> None:
         self.config = EngineConfig(
             path=path,
@@ -85,6 +89,9 @@ class EngineDriver:
             kv_tokens=kv_tokens,
             gpu_layers=gpu_layers,
             embeddings=embeddings,
+            draft=draft,
+            speculation=speculation,
+            ngram_memory=ngram_memory,
         )
         self.stats: EngineStats | None = None
         """Of the last step."""
@@ -162,6 +169,22 @@ class EngineDriver:
         if self._receivers.pop(attempt, None) is not None:
             with contextlib.suppress(EngineDied):
                 self._send(CancelAttempts((attempt,)))
+
+    def rest(self, seconds: float) -> None:
+        """Read nothing for so long: what the engine sends waits in the socket.
+
+        Where compute threads use all cores, each message read takes time from them.
+        """
+        assert self._writer is not None
+        transport = self._writer.transport
+        assert isinstance(transport, asyncio.ReadTransport)
+        if transport.is_reading():
+            transport.pause_reading()
+            asyncio.get_running_loop().call_later(seconds, self._go_on, transport)
+
+    def _go_on(self, transport: asyncio.ReadTransport) -> None:
+        if not transport.is_closing():
+            transport.resume_reading()
 
     async def stop(self) -> None:
         """End the process, by force if it does not go by itself."""

@@ -20,7 +20,16 @@ import msgspec
 from mesh.child import Child
 from shared.broker import Identity, NatsServer
 
-__all__ = ("Stack", "StackFailed", "free_port", "get", "smollm2", "smollm2_q4_0", "wait_ready")
+__all__ = (
+    "Stack",
+    "StackFailed",
+    "free_port",
+    "get",
+    "smollm2",
+    "smollm2_f32",
+    "smollm2_q4_0",
+    "wait_ready",
+)
 
 _STOP_SECONDS = 15.0
 MAIN = "import sys; from {module} import main; sys.exit(main())"
@@ -52,13 +61,42 @@ def smollm2_q4_0(folder: Path) -> Path:
     """
     import llama_cpp
 
-    target = folder / "SmolLM2-135M-Instruct.Q4_0.gguf"
+    return _rewritten(folder, "Q4_0", llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0)
+
+
+def smollm2_f32(folder: Path) -> Path:
+    """Write the small real model with 32-bit weights into `folder`: 540 MB.
+
+    Decoding it waits for memory, as that of a large model does, so that some rows more in a step
+    cost little: what speculation lives on.
+
+    Raises:
+        StackFailed: llama.cpp could not.
+    """
+    import llama_cpp
+
+    return _rewritten(folder, "F32", llama_cpp.LLAMA_FTYPE_ALL_F32)
+
+
+def _rewritten(folder: Path, name: str, file_type: int) -> Path:
+    """The small model in another format; a file of an earlier call is taken as it is."""
+    import llama_cpp
+
+    target = folder / f"SmolLM2-135M-Instruct.{name}.gguf"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+    params.ftype = file_type
     params.allow_requantize = True
-    source, wanted = str(smollm2()).encode(), str(target).encode()
-    if llama_cpp.llama_model_quantize(source, wanted, params) != 0:
-        raise StackFailed("llama.cpp could not write the small model as Q4_0")
+    unfinished = target.with_suffix(f".{os.getpid()}.unfinished")
+    source, wanted = str(smollm2()).encode(), str(unfinished).encode()
+    try:
+        if llama_cpp.llama_model_quantize(source, wanted, params) != 0:
+            raise StackFailed(f"llama.cpp could not write the small model as {name}")
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return target
 
 
