@@ -15,7 +15,7 @@ CHECKED := shared router worker mesh loadtests tests infra
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test slow soak lint format check bench-engine bench-router bench-end-to-end bench-cancel bench-servers bench-memory clean distclean
+.PHONY: help env run test slow soak lint format check bench-engine bench-router bench-end-to-end bench-cancel bench-servers bench-memory peers bench-peers clean distclean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | \
@@ -69,6 +69,14 @@ bench-cancel: env ## From a client's leaving to its slot being free
 bench-servers: env ## ASGI servers against each other; installs those that are not needed otherwise
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt granian hypercorn
 	$(BIN)/python -m loadtests.http_servers $(ARGS)
+
+peers: env ## Build llama-server, to be compared with: minutes once, afterwards instant
+	@$(BIN)/python -m loadtests.peers.build_llama_server $(ARGS)
+
+bench-peers: env ## Ours against llama-server; most of an hour, ARGS="--part throughput" and so on
+	@$(BIN)/python -m loadtests.peers.build_llama_server
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt matplotlib
+	$(BIN)/python -m loadtests.bench_peers $(ARGS)
 
 bench-memory: env ## Memory over 10,000 requests
 	$(BIN)/python -m loadtests.soak_memory $(ARGS)
