@@ -19,7 +19,7 @@ from rich.console import Console
 
 from mesh.errors import CommandError
 from mesh.fleet import Snapshot
-from mesh.parts import UpSettings, identities
+from mesh.parts import Speculation, UpSettings, identities
 from mesh.running import default_data_dir, find
 from shared import __version__
 from shared.command_line import run_command, run_tokens, settings_from_file
@@ -54,6 +54,7 @@ def up(
     slots: _Optional = None,
     threads: _Optional = None,
     ctx: _Optional = None,
+    speculation: Annotated[Speculation | None, Parameter(show_default=False)] = None,
 ) -> None:
     """Bring up a whole system on this host: NATS, routers, workers.
 
@@ -80,6 +81,9 @@ def up(
         Threads of each worker. Without it, the cores but one, shared among the workers.
     ctx
         Tokens of context for one sequence. Without it, what the model was trained with, up to 4096.
+    speculation
+        Drafting tokens ahead: auto, with a draft model where a smaller relative lies beside the
+        model; ngram, without; off. Without it, auto.
     """
     from mesh.narrator import Narrator
     from mesh.up import bring_up
@@ -94,6 +98,7 @@ def up(
         slots=slots,
         threads=threads,
         context=ctx,
+        speculation=speculation,
     )
     asyncio.run(bring_up(settings, Narrator(Console(highlight=False))))
 
@@ -120,8 +125,12 @@ def status(*, nats: _Text = "", data_dir: _DataDir = None, as_json: _Json = Fals
         Console(highlight=False).print(status_view(snapshot))
 
 
-@app.command
-def models(*, nats: _Text = "", data_dir: _DataDir = None, as_json: _Json = False) -> None:
+models = App(name="models", help="Show the models, or write one in another format.")
+app.command(models)
+
+
+@models.default
+def show_models(*, nats: _Text = "", data_dir: _DataDir = None, as_json: _Json = False) -> None:
     """Show the models, with their workers, context and state.
 
     Parameters
@@ -140,6 +149,33 @@ def models(*, nats: _Text = "", data_dir: _DataDir = None, as_json: _Json = Fals
         _print_json(snapshot.models)
     else:
         Console(highlight=False).print(models_table(snapshot.models))
+
+
+@models.command
+def requantize(
+    source: Path,
+    target: Path,
+    /,
+    *,
+    file_type: Annotated[str, Parameter(name="--type")],
+    force: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Write a model in another format: a faster or smaller one, or a draft for it.
+
+    Parameters
+    ----------
+    source
+        GGUF file; of a split model, the first part.
+    target
+        File to write.
+    file_type
+        Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, F16, BF16, F32, or Q2_K to Q6_K.
+    force
+        Replace the target if it is there.
+    """
+    from mesh.requantize import run
+
+    run(source, target, file_type, force=force, console=Console(stderr=True, highlight=False))
 
 
 @app.command

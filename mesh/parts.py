@@ -3,9 +3,11 @@
 Secrets go into environments only; a command line can be read by everybody on the host.
 """
 
+import importlib.util
 import os
 import secrets
 import shutil
+import sys
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,16 +21,19 @@ from shared.broker import Identity
 __all__ = (
     "COMMANDS",
     "UP",
+    "Speculation",
     "UpSettings",
     "base_url",
     "child_environment",
     "identities",
+    "requantize_command",
     "router_command",
     "threads_for",
     "worker_command",
 )
 
 _Kind = Literal["router", "worker", "mesh"]
+Speculation = Literal["auto", "ngram", "off"]
 
 UP = "mesh-1"
 """Who `mesh up` itself is."""
@@ -37,7 +42,7 @@ COMMANDS = "mesh-2"
 _OWN_SETTINGS = frozenset(
     f"MESH_{name}"
     for name in ("PORT", "ROUTERS", "WORKERS", "MODEL", "NATS", "DATA_DIR", "SLOTS", "THREADS")
-) | {"MESH_CTX", "MESH_HOST", "MESH_NAME", "MESH_MODELS"}
+) | {"MESH_CTX", "MESH_HOST", "MESH_NAME", "MESH_MODELS", "MESH_SPECULATION"}
 
 
 class UpSettings(msgspec.Struct, frozen=True):
@@ -52,6 +57,7 @@ class UpSettings(msgspec.Struct, frozen=True):
     slots: int | None = None
     threads: int | None = None
     context: int | None = None
+    speculation: Speculation | None = None
 
 
 def base_url(port: int) -> str:
@@ -98,7 +104,22 @@ def worker_command(name: str, models: Path, settings: UpSettings, cores: int) ->
         command += ["--slots", str(settings.slots)]
     if settings.context is not None:
         command += ["--ctx", str(settings.context)]
+    if settings.speculation is not None:
+        command += ["--speculation", settings.speculation]
     return command
+
+
+def requantize_command(source: Path, target: Path, file_type: str, *, force: bool) -> list[str]:
+    """The command line of the process that writes a model in another format.
+
+    Raises:
+        CommandError: llama.cpp is not installed here.
+    """
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise CommandError("llama.cpp is not installed; install mesh-inference[worker]")
+    # -P: a folder called worker where the command is given must not be taken for the package.
+    command = [sys.executable, "-P", "-m", "worker.engine.requantize", "--type", file_type]
+    return [*command, *(["--force"] if force else []), "--", str(source), str(target)]
 
 
 def _script(name: str, extra: str) -> str:

@@ -91,7 +91,8 @@ def settings_from_file(path: Path | None, table: str = "") -> list[Dict]:
         ]
     return [
         Dict(data, source=str(path)),
-        Dict(common, source=str(path), use_commands_as_keys=False),
+        # Not every command has to do with NATS.
+        Dict(common, source=str(path), use_commands_as_keys=False, allow_unknown=True),
     ]
 
 

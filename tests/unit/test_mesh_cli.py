@@ -104,13 +104,14 @@ def test_a_broken_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_every_setting_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     for command, flags in {
-        "up": "port routers workers model nats data-dir slots threads ctx config",
+        "up": "port routers workers model nats data-dir slots threads ctx speculation config",
         "status": "json nats data-dir config",
         "models": "json nats data-dir config",
+        "models requantize": "type force config",
         "chat": "url system data-dir config",
         "nats-config": "routers workers host port store-dir",
     }.items():
-        main([command, "--help"])
+        main([*command.split(), "--help"])
         told = capsys.readouterr().out
         for flag in flags.split():
             assert f"--{flag} " in told

@@ -44,12 +44,12 @@ def test_children_get_the_secret_by_environment_and_none_of_our_own_settings() -
 
 
 def test_command_lines_say_what_was_asked_for() -> None:
-    settings = UpSettings(data_dir=Path("/d"), workers=2, slots=4, context=512)
+    settings = UpSettings(data_dir=Path("/d"), workers=2, slots=4, context=512, speculation="off")
     worker = worker_command("worker-1", Path("/d/served"), settings, cores=9)
     assert os.path.basename(worker[0]) == "mesh-worker"
     assert worker[1:] == [
         *("--name", "worker-1", "--models", "/d/served", "--threads", "4"),
-        *("--slots", "4", "--ctx", "512"),
+        *("--slots", "4", "--ctx", "512", "--speculation", "off"),
     ]
     router = router_command("router-1", 9337)
     assert os.path.basename(router[0]) == "mesh-router"
