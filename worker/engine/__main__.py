@@ -14,6 +14,7 @@ from pathlib import Path
 
 import structlog
 
+from worker.engine.cpu import advise
 from worker.engine.embedding import Embedder
 from worker.engine.intake import Intake, read_message
 from worker.engine.llama import Batch, Context, LoadError, Model, silence
@@ -93,6 +94,7 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
                 description=model.description(),
                 load_seconds=round(time.monotonic() - began, 3),
                 embeddings=config.embeddings,
+                advice=advise(config.path, gpu_layers=config.gpu_layers),
             )
         )
     )

@@ -1,0 +1,138 @@
+"""From a models folder to the configuration of an engine: which draft, and what is said of it."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import structlog
+
+from worker.catalog import read_catalog
+from worker.gguf_header import estimate_memory, read_header
+from worker.link import EngineConfig
+from worker.memory_budget import MemoryBudget, NotEnoughMemory
+from worker.preparing import ServingSettings, prepare
+
+SETTINGS = ServingSettings(slots=2, context=256)
+
+
+def write(path: Path, *, width: int, pre: str = "tiny") -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(path.stem)
+    writer.add_basename("Tiny")
+    writer.add_block_count(1)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(width)
+    writer.add_head_count(1)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(["a", "b"])
+    writer.add_tensor("token_embd.weight", np.zeros((512, width), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "big.gguf", width=2048)
+    write(tmp_path / "small.gguf", width=128)
+    write(tmp_path / "stranger.gguf", width=64, pre="other")
+    return tmp_path
+
+
+class Prepared:
+    def __init__(self, config: EngineConfig, logged: list) -> None:
+        self.config = config
+        self.logged = logged
+
+    @property
+    def draft(self) -> str:
+        return Path(self.config.draft).name
+
+
+@pytest.fixture
+def prepared(folder: Path) -> Callable:
+    async def run(
+        name: str = "big", settings: ServingSettings = SETTINGS, memory: int = 0
+    ) -> Prepared:
+        (source,) = read_catalog(folder).choose((name,))
+        with structlog.testing.capture_logs() as logged:
+            config, _ = await prepare(
+                source,
+                settings,
+                worker="worker-1",
+                budget=MemoryBudget(memory, 1),
+                stopping=threading.Event(),
+                tell=lambda _: None,
+            )
+        return Prepared(config, logged)
+
+    return run
+
+
+async def test_a_draft_is_found_by_itself(prepared):
+    result = await prepared()
+    assert result.draft == "small.gguf"
+    assert result.config.speculation == "auto"
+    (line,) = result.logged
+    assert (line["event"], line["draft"], line["found_by_itself"]) == (
+        "draft.chosen",
+        "small.gguf",
+        True,
+    )
+    assert (await prepared("small")).draft == ""
+
+
+@pytest.mark.parametrize("speculation", ["ngram", "off"])
+async def test_none_is_looked_for_where_none_is_wanted(prepared, speculation: str):
+    settings = ServingSettings(speculation=speculation)
+    result = await prepared(settings=settings)
+    assert (result.draft, result.config.speculation, result.logged) == ("", speculation, [])
+
+
+@pytest.mark.parametrize(
+    ("entry", "draft", "speculation"),
+    [
+        ('draft = "none"', "", "auto"),
+        ('draft = "stranger"', "stranger.gguf", "auto"),
+        ('draft = "stranger.gguf"', "stranger.gguf", "auto"),
+        ('speculation = "off"', "", "off"),
+    ],
+)
+async def test_the_entry_goes_before_what_is_found(
+    folder: Path, prepared, entry: str, draft: str, speculation: str
+):
+    (folder / "models.toml").write_text(f'[models.x]\nfile = "big.gguf"\n{entry}\n')
+    result = await prepared("x")
+    assert (result.draft, result.config.speculation) == (draft, speculation)
+
+
+async def test_a_broken_draft_costs_the_draft_alone(folder: Path, prepared):
+    (folder / "bad.gguf").write_bytes(b"GGUF")
+    (folder / "models.toml").write_text('[models.x]\nfile = "big.gguf"\ndraft = "bad.gguf"\n')
+    result = await prepared("x")
+    assert result.draft == ""
+    assert [(line["event"], line["reason"]) for line in result.logged] == [
+        ("draft.unusable", "bad.gguf: not a GGUF file")
+    ]
+
+
+async def test_memory_is_claimed_for_both_or_the_draft_is_left_out(folder: Path, prepared):
+    big, small = (read_header(folder / f"{name}.gguf") for name in ("big", "small"))
+    wish = estimate_memory(big, cells=2 * 256) * 5 // 4
+    draft = estimate_memory(small, cells=2 * 256)
+    result = await prepared(memory=wish + draft)
+    assert (result.draft, result.config.memory_limit) == ("small.gguf", wish)
+    tight = estimate_memory(big, cells=256)
+    result = await prepared(memory=tight)
+    assert (result.draft, result.config.memory_limit) == ("", tight)
+    (line,) = result.logged
+    assert (line["event"], line["model"], line["draft"]) == ("draft.left_out", "big", "small.gguf")
+    assert "no memory" in line["reason"]
+    with pytest.raises(NotEnoughMemory):
+        await prepared(memory=tight - 1)
