@@ -15,7 +15,7 @@ CHECKED := shared router worker mesh loadtests tests infra
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test slow soak lint format check bench-engine bench-router bench-end-to-end bench-cancel bench-servers bench-memory peers bench-peers clean distclean
+.PHONY: help env run test slow soak lint format check bench-engine bench-router bench-end-to-end bench-cancel bench-servers bench-memory peers bench-peers bench-speculation check-equality clean distclean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | \
@@ -80,6 +80,12 @@ bench-peers: env ## Ours against llama-server; most of an hour, ARGS="--part thr
 
 bench-memory: env ## Memory over 10,000 requests
 	$(BIN)/python -m loadtests.soak_memory $(ARGS)
+
+bench-speculation: env ## Tokens/s with a draft model, with n-gram lookup, and without (hours; see --help)
+	$(BIN)/python -m loadtests.bench_speculation $(ARGS)
+
+check-equality: env ## 200 streams with speculation and without, token by token
+	$(BIN)/python -m loadtests.check_equality $(ARGS)
 
 clean: ## Remove caches and builds; the environment stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
