@@ -59,9 +59,7 @@ def smollm2_q4_0(folder: Path) -> Path:
     Raises:
         StackFailed: llama.cpp could not.
     """
-    import llama_cpp
-
-    return _rewritten(folder, "Q4_0", llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0)
+    return _rewritten(folder, "Q4_0")
 
 
 def smollm2_f32(folder: Path) -> Path:
@@ -73,30 +71,21 @@ def smollm2_f32(folder: Path) -> Path:
     Raises:
         StackFailed: llama.cpp could not.
     """
-    import llama_cpp
-
-    return _rewritten(folder, "F32", llama_cpp.LLAMA_FTYPE_ALL_F32)
+    return _rewritten(folder, "F32")
 
 
-def _rewritten(folder: Path, name: str, file_type: int) -> Path:
+def _rewritten(folder: Path, name: str) -> Path:
     """The small model in another format; a file of an earlier call is taken as it is."""
-    import llama_cpp
+    from worker.engine.requantize import RequantizeError, requantize
 
     target = folder / f"SmolLM2-135M-Instruct.{name}.gguf"
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = file_type
-    params.allow_requantize = True
-    unfinished = target.with_suffix(f".{os.getpid()}.unfinished")
-    source, wanted = str(smollm2()).encode(), str(unfinished).encode()
-    try:
-        if llama_cpp.llama_model_quantize(source, wanted, params) != 0:
-            raise StackFailed(f"llama.cpp could not write the small model as {name}")
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            # Another process may write the same file meanwhile; either is whole.
+            requantize(smollm2(), target, name, force=True)
+        except RequantizeError as error:
+            raise StackFailed(str(error)) from None
     return target
 
 

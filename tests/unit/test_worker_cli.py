@@ -1,0 +1,45 @@
+"""Flags of `mesh-worker` that become settings, without anything being started."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import worker.cli
+from worker.agent import AgentSettings
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[AgentSettings]:
+    """Settings that the worker would have run with."""
+    taken: list[AgentSettings] = []
+
+    async def run(settings: AgentSettings, sources: Any) -> None:
+        taken.append(settings)
+
+    monkeypatch.setattr(worker.cli, "_run", run)
+    return taken
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "m.gguf").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("wanted", ["auto", "ngram", "off"])
+def test_speculation(asked: list[AgentSettings], folder: Path, wanted: str) -> None:
+    assert worker.cli.main(["--models", str(folder), "--speculation", wanted]) == 0
+    assert asked[0].serving.speculation == wanted
+
+
+def test_speculation_is_on_unless_told_otherwise(asked: list[AgentSettings], folder: Path) -> None:
+    assert worker.cli.main(["--models", str(folder)]) == 0
+    assert asked[0].serving.speculation == "auto"
+
+
+def test_what_it_may_be_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert worker.cli.main(["--models", str(folder), "--speculation", "on"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert all(word in told for word in ("mesh-worker: ", "--speculation", "ngram", "off"))
