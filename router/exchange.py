@@ -231,5 +231,7 @@ class Exchange:
             metrics.prompt_tokens += end.usage.prompt
             metrics.cached_tokens += end.usage.cached
             metrics.completion_tokens += end.usage.completion
+            metrics.drafted_tokens += end.usage.drafted
+            metrics.accepted_tokens += end.usage.accepted
             if isinstance(end, End):
                 metrics.queue_time.observe(end.timings.queue_ms / 1000)

@@ -24,11 +24,12 @@ from router.dialects.embeddings import EmbeddingAnswer, embedding_to_embed, pars
 from router.dispatch import Dispatcher
 from router.exchange import REQUEST_ID, Exchange
 from router.metrics import Metrics
+from router.owner import bearer_key, owner_of
 from router.problems import MethodNotAllowed
 from router.secret import attempt_number
 from router.settings import Settings
 from shared.errors import InvalidRequest, Unavailable
-from shared.protocol import TextInput
+from shared.protocol import Generate, TextInput
 
 __all__ = ("RequestTimeout", "inference_routes")
 
@@ -51,6 +52,13 @@ class Origin(NamedTuple):
 
     body: bytes
     fields: dict[str, Any]
+    key: bytes
+    """The API key, which goes no further."""
+
+    def own(self, generate: Generate) -> Generate:
+        """Say whose request it is."""
+        owner = owner_of(self.key, generate.user)
+        return msgspec.structs.replace(generate, owner=owner) if owner else generate
 
 
 def inference_routes(
@@ -66,7 +74,7 @@ def inference_routes(
         return Exchange(
             dispatcher,
             metrics,
-            requests=[generate],
+            requests=[origin.own(generate)],
             answer=(
                 ChatStream(wanted.model, n, include_usage=include_usage)
                 if wanted.stream
@@ -88,7 +96,7 @@ def inference_routes(
         return Exchange(
             dispatcher,
             metrics,
-            requests=list(generates),
+            requests=[origin.own(generate) for generate in generates],
             answer=(
                 CompletionStream(wanted.model, n, echoes, include_usage=include_usage)
                 if wanted.stream
@@ -115,9 +123,9 @@ def inference_routes(
                 raise MethodNotAllowed("This path does not take this method.", allow="POST")
             if not dispatcher.bus.connected:
                 raise Unavailable("The mesh is not reachable now: NATS is away.", retry_after=2)
-            fields = _origin(scope, settings)
+            fields, key = _origin(scope, settings)
             body = await read_json_body(scope, receive, settings.max_body)
-            await begin(Origin(body, fields))(scope, receive, send)
+            await begin(Origin(body, fields, key))(scope, receive, send)
 
         return ASGIRouteHandler(path, copy_scope=False)(handle)
 
@@ -128,20 +136,23 @@ def inference_routes(
     ]
 
 
-def _origin(scope: Any, settings: Settings) -> dict[str, Any]:
-    """What a request has beside its body: its id, its deadline, its trace."""
+def _origin(scope: Any, settings: Settings) -> tuple[dict[str, Any], bytes]:
+    """What a request has beside its body: its id, its deadline, its trace; and its API key."""
     timeout = settings.request_timeout
     traceparent = ""
+    key = b""
     for name, value in scope["headers"]:
         if name == b"x-request-timeout":
             timeout = _timeout(value)
         elif name == b"traceparent" and len(value) <= 128:
             traceparent = value.decode("latin-1")
+        elif name == b"authorization":
+            key = bearer_key(value)
     return {
         "id": scope[REQUEST_ID],
         "deadline": time.time() + timeout,
         "traceparent": traceparent,
-    }
+    }, key
 
 
 def _timeout(value: bytes) -> float:

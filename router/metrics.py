@@ -56,8 +56,10 @@ class ModelMetrics:
     """What is counted under one model's label."""
 
     __slots__ = (
+        "accepted_tokens",
         "cached_tokens",
         "completion_tokens",
+        "drafted_tokens",
         "durations",
         "first_token",
         "gaps",
@@ -72,6 +74,8 @@ class ModelMetrics:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.completion_tokens = 0
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0
         self.first_token = Distribution()
         self.queue_time = Distribution()
         self.gaps = Distribution(GAP_SECONDS)
@@ -137,13 +141,26 @@ class Metrics(Collector):
             "Tokens by kind: prompt, cached (part of prompt), completion",
             labels=["model", "kind"],
         )
+        # Not the router's own work: their names are of the mesh.
+        cached = CounterMetricFamily(
+            "mesh_cached_prompt_tokens", "Prompt tokens whose KV was reused", labels=["model"]
+        )
+        drafted = CounterMetricFamily(
+            "mesh_drafted_tokens", "Tokens drafted and verified", labels=["model"]
+        )
+        accepted = CounterMetricFamily(
+            "mesh_accepted_tokens", "Drafted tokens that became part of answers", labels=["model"]
+        )
         for name, model in self._models.items():
+            cached.add_metric([name], model.cached_tokens)
+            drafted.add_metric([name], model.drafted_tokens)
+            accepted.add_metric([name], model.accepted_tokens)
             for (route, status), count in model.requests.items():
                 requests.add_metric([name, route, str(status)], count)
             tokens.add_metric([name, "prompt"], model.prompt_tokens)
             tokens.add_metric([name, "cached"], model.cached_tokens)
             tokens.add_metric([name, "completion"], model.completion_tokens)
-        return requests, tokens
+        return requests, tokens, cached, drafted, accepted
 
     def _distributions(self) -> Iterable[Metric]:
         first_token = HistogramMetricFamily(

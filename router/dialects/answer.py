@@ -71,8 +71,10 @@ class TimingsObject(msgspec.Struct, frozen=True):
     prefill_ms: float
     decode_ms: float
     tokens_per_second: float
-    drafted: int | UnsetType = UNSET
-    accepted: int | UnsetType = UNSET
+    draft_n: int | UnsetType = UNSET
+    """Tokens drafted and verified, as llama-server calls it; only where there were any."""
+    draft_n_accepted: int | UnsetType = UNSET
+    """Those of them that are part of the answer."""
 
 
 class Answer(Protocol):
@@ -132,8 +134,8 @@ def timings_object(timings: Timings, usage: Usage) -> TimingsObject:
         prefill_ms=round(timings.prefill_ms, 3),
         decode_ms=round(timings.decode_ms, 3),
         tokens_per_second=round(rate, 2),
-        drafted=usage.drafted if usage.drafted else UNSET,
-        accepted=usage.accepted if usage.drafted else UNSET,
+        draft_n=usage.drafted if usage.drafted else UNSET,
+        draft_n_accepted=usage.accepted if usage.drafted else UNSET,
     )
 
 

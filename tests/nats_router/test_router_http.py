@@ -9,7 +9,8 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from shared.protocol import TokenLogprob, ToolDelta
+from router.owner import owner_of
+from shared.protocol import TokenLogprob, ToolDelta, encode
 
 pytestmark = pytest.mark.nats
 
@@ -297,6 +298,43 @@ async def test_embeddings_as_numbers_and_as_base64(sdk, router, http, start_work
     assert plain.json()["data"][1] == {"object": "embedding", "index": 1, "embedding": [1.0, 0.0]}
     assert base64.b64decode(coded.json()["data"][0]["embedding"]) == vectors[0]
     assert plain.json()["usage"] == {"prompt_tokens": 5, "total_tokens": 5}
+
+
+async def test_metrics_count_what_was_drafted_and_reused(router, http, start_worker, chat, unique):
+    async def script(job):
+        await job.accept()
+        await job.send(job.delta("x", tokens=4), job.done(), job.end(drafted=5, accepted=2))
+
+    await start_worker(script)
+    await http.post(f"{router.url}{CHAT}", json=chat())
+    await http.post(f"{router.url}{CHAT}", json=chat(stream=True))
+
+    lines = (await http.get(f"{router.url}/metrics")).text.splitlines()
+
+    assert f'mesh_drafted_tokens_total{{model="{unique}"}} 10.0' in lines
+    assert f'mesh_accepted_tokens_total{{model="{unique}"}} 4.0' in lines
+    assert f'mesh_cached_prompt_tokens_total{{model="{unique}"}} 6.0' in lines
+
+
+async def test_the_worker_learns_whose_a_request_is_and_never_the_key(
+    router, http, start_worker, chat, unique
+):
+    worker = await start_worker()
+    key = {"Authorization": "Bearer sk-secret"}
+    prompts = {"model": unique, "prompt": ["a", "b"], "user": "ann"}
+
+    await http.post(f"{router.url}{CHAT}", json=chat())
+    await http.post(f"{router.url}{CHAT}", json=chat(), headers=key)
+    await http.post(f"{router.url}{CHAT}", json=chat(user="ann"), headers=key)
+    await http.post(f"{router.url}/v1/completions", json=prompts, headers=key)
+
+    owners = [job.request.owner for job in worker.jobs]
+    assert owners == [
+        "",
+        owner_of(b"sk-secret", ""),
+        *[owner_of(b"sk-secret", "ann")] * 3,
+    ]
+    assert all(b"sk-secret" not in encode(job.request) for job in worker.jobs)
 
 
 async def test_metrics_count_by_served_names_only(router, http, start_worker, chat, unique):

@@ -65,6 +65,24 @@ async def test_without_usage_the_last_chunk_carries_the_timings(router, http, st
     assert all("usage" not in chunk for chunk in chunks)
 
 
+async def test_the_timings_tell_what_was_drafted(router, http, start_worker, chat, unique):
+    async def script(job):
+        await job.accept()
+        await job.send(job.delta("x", tokens=4), job.done(), job.end(drafted=5, accepted=3))
+
+    await start_worker(script)
+
+    for path, body in (
+        ("/v1/chat/completions", chat()),
+        ("/v1/completions", {"model": unique, "prompt": "hi"}),
+    ):
+        whole = await http.post(f"{router.url}{path}", json=body)
+        stream = await http.post(f"{router.url}{path}", json=body | {"stream": True})
+        *_, last, _ = events(stream.text)
+        for timings in (whole.json()["timings"], last["timings"]):
+            assert (timings["draft_n"], timings["draft_n_accepted"]) == (5, 3)
+
+
 async def test_every_choice_gets_its_own_role_text_and_end(router, http, start_worker, chat):
     await start_worker()
 
