@@ -81,7 +81,9 @@ def _workers(workers: tuple[Beat, ...], now: float) -> Table:
 
 
 def _loads(workers: tuple[Beat, ...]) -> Table:
-    table = _table("models", "worker", "state", "slots", "queued", "KV", "tok/s")
+    table = _table(
+        "models", "worker", "state", "slots", "queued", "KV", "tok/s", "accepted", "gain", "cached"
+    )
     for worker in workers:
         for model in worker.models:
             state = _state(model.state)
@@ -95,8 +97,15 @@ def _loads(workers: tuple[Beat, ...]) -> Table:
                 f"{model.queued}/{model.queue_limit}",
                 f"{model.kv_used:.0%}",
                 f"{model.tokens_per_second:.0f}",
+                _part(model.accepted, model.drafted),
+                f"{model.gain:.2f}x" if model.drafted else "",
+                _part(model.cached_tokens, model.prompt_tokens),
             )
     return table
+
+
+def _part(count: int, of: int) -> str:
+    return f"{count / of:.0%}" if of else ""
 
 
 def _table(first: str, *columns: str) -> Table:

@@ -227,6 +227,10 @@ class Serving:
             drafted=stats.drafted,
             accepted=stats.accepted,
             cached_tokens=stats.cached_tokens,
+            prompt_tokens=stats.prompt_tokens,
+            drafted_at=stats.drafted_at,
+            accepted_at=stats.accepted_at,
+            gain=round(stats.gain, 3),
             restarts=self._engine.restarts if self._engine else 0,
         )
         return tuple(

@@ -167,6 +167,13 @@ class Engine:
                 waiting=len(self.waiting),
                 kv_used=0.25,
                 completion_tokens=self.emitted,
+                prompt_tokens=10,
+                cached_tokens=4,
+                drafted=7,
+                accepted=5,
+                drafted_at=(4, 3),
+                accepted_at=(4, 1),
+                gain=1.5,
             )
             self.send(Step(letters, tuple(ended), stats))
 

@@ -53,6 +53,11 @@ async def test_beats_tell_of_the_model(start, router):
     assert state.context == 2048
     assert state.size > 0
     assert state.created > 0
+    await (await router.ask("tokens=2")).last()
+    state = await router.model("worker-1", lambda m: m.drafted > 0)
+    assert (state.drafted, state.accepted, state.gain) == (7, 5, 1.5)
+    assert (state.drafted_at, state.accepted_at) == ((4, 3), (4, 1))
+    assert (state.cached_tokens, state.prompt_tokens) == (4, 10)
     beat = await router.beat("worker-1", lambda b: True)
     assert beat.state == "ready"
     assert 0 < beat.memory_used < beat.memory_total

@@ -1,5 +1,7 @@
+import json
 from typing import Any
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -115,6 +117,28 @@ def test_the_tables_show_what_was_heard() -> None:
         "8192",
     ):
         assert words in text
+
+
+def test_what_speculation_and_reuse_bring_is_shown_where_there_is_any() -> None:
+    fleet = Fleet()
+    counts = {"drafted": 200, "accepted": 150, "gain": 1.4142}
+    reuse = {"prompt_tokens": 1000, "cached_tokens": 620}
+    by_position = {"drafted_at": (150, 50), "accepted_at": (130, 20)}
+    fleet.hear(beat("w1", 1, model("smol", **counts, **reuse, **by_position)))
+    fleet.hear(beat("w2", 1, model("smol")))
+    console = Console(width=250, no_color=True)
+    with console.capture() as capture:
+        console.print(status_view(fleet.snapshot()))
+    _, loads = capture.get().split("models ")
+    head, busy, idle = (line.split() for line in loads.splitlines() if line.strip())
+
+    assert head[-3:] == ["accepted", "gain", "cached"]
+    assert busy[-3:] == ["75%", "1.41x", "62%"]
+    assert idle[-2:] == ["0%", "0"]  # KV and tokens/s; nothing after them
+    beats = json.loads(msgspec.json.encode(fleet.snapshot()))["workers"]
+    (state,) = beats[0]["models"]
+    assert state["drafted_at"] == [150, 50]
+    assert state["accepted_at"] == [130, 20]
 
 
 def test_sizes_are_for_people() -> None:
