@@ -165,6 +165,10 @@ class _State(NamedTuple):
     size: int
 
 
+def _pointer(data: NDArray[np.uint8]) -> Any:
+    return ctypes.cast(data.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
+
+
 def _view(pointer: Any, size: int, kind: Any) -> NDArray[Any]:
     return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(kind)), (size,))
 
@@ -259,14 +263,25 @@ class Context:
             return False
         return self._restore(first, right) and self._restore(second, left)
 
+    def save(self, slot: int) -> NDArray[np.uint8] | None:
+        """A slot's state as an array of its own, for `restore`; None: llama.cpp refused."""
+        size = int(ll.llama_state_seq_get_size(self.handle, slot))
+        array = np.empty(size, dtype=np.uint8)
+        written = ll.llama_state_seq_get_data(self.handle, _pointer(array), size, slot)
+        return array if written == size else None
+
+    def restore(self, slot: int, state: NDArray[np.uint8]) -> bool:
+        """Make a slot hold what `save` gave, of this context or one just like it; False: llama.cpp
+        refused, and the slot is in doubt.
+        """
+        return self._restore(_State(_pointer(state), state.size), slot)
+
     def _save(self, slot: int, place: int) -> _State | None:
         """Write a slot's state into one of two buffers; None: llama.cpp refused."""
         size = int(ll.llama_state_seq_get_size(self.handle, slot))
         if self._states[place].size < size:
             self._states[place] = np.empty(size + size // 4, dtype=np.uint8)
-        state = _State(
-            ctypes.cast(self._states[place].ctypes.data, ctypes.POINTER(ctypes.c_uint8)), size
-        )
+        state = _State(_pointer(self._states[place]), size)
         written = ll.llama_state_seq_get_data(self.handle, state.data, size, slot)
         return state if written == size else None
 
