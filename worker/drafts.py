@@ -32,6 +32,7 @@ def may_draft(target: Header, draft: Header) -> bool:
     return (
         draft.path != target.path
         and draft.causal
+        and not (draft.recurrent or target.recurrent)
         and 0 < 2 * draft.tensor_bytes <= target.tensor_bytes
         and _family(draft) == _family(target)
         and (draft.tokenizer, draft.pre_tokenizer) == (target.tokenizer, target.pre_tokenizer)

@@ -10,29 +10,10 @@ import shlex
 from collections.abc import Set
 from pathlib import Path
 
+from worker.ggml_types import NAMES
 from worker.gguf_header import Header
 
 __all__ = ("advice", "cpu_flags", "packed_types")
-
-_NAMES = {
-    0: "F32",
-    1: "F16",
-    2: "Q4_0",
-    3: "Q4_1",
-    6: "Q5_0",
-    7: "Q5_1",
-    8: "Q8_0",
-    10: "Q2_K",
-    11: "Q3_K",
-    12: "Q4_K",
-    13: "Q5_K",
-    14: "Q6_K",
-    20: "IQ4_NL",
-    23: "IQ4_XS",
-    30: "BF16",
-    39: "MXFP4",
-}
-"""ggml tensor types that are packed somewhere, or that there is something to say about."""
 
 _SLOWER = frozenset(
     {"F32", "F16", "BF16", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"}
@@ -86,7 +67,7 @@ def advice(header: Header, flags: Set[str]) -> str:
     advised = _advised(header, packed)
     if not advised or not total:
         return ""
-    sizes = {_NAMES.get(kind, ""): size for kind, size in header.layer_bytes.items()}
+    sizes = {NAMES.get(kind, ""): size for kind, size in header.layer_bytes.items()}
     if sum(size for name, size in sizes.items() if name in packed) >= _PACKED_ENOUGH * total:
         return ""
     main = max(sizes, key=lambda name: sizes[name])

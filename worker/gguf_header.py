@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from worker.ggml_types import BLOCKS
+
 __all__ = (
     "GgufError",
     "Header",
@@ -22,44 +24,6 @@ __all__ = (
     "read_header",
     "split_parts",
 )
-
-_BLOCKS: dict[int, tuple[int, int]] = {
-    0: (1, 4),
-    1: (1, 2),
-    2: (32, 18),
-    3: (32, 20),
-    6: (32, 22),
-    7: (32, 24),
-    8: (32, 34),
-    9: (32, 40),
-    10: (256, 84),
-    11: (256, 110),
-    12: (256, 144),
-    13: (256, 176),
-    14: (256, 210),
-    15: (256, 292),
-    16: (256, 66),
-    17: (256, 74),
-    18: (256, 98),
-    19: (256, 50),
-    20: (32, 18),
-    21: (256, 110),
-    22: (256, 82),
-    23: (256, 136),
-    24: (1, 1),
-    25: (1, 2),
-    26: (1, 4),
-    27: (1, 8),
-    28: (1, 8),
-    29: (256, 56),
-    30: (1, 2),
-    34: (256, 54),
-    35: (256, 66),
-    39: (32, 17),
-    40: (64, 36),
-    41: (128, 18),
-}
-"""ggml tensor type: elements in a block, bytes of a block."""
 
 _SCALARS = {
     0: struct.Struct("<B"),
@@ -80,6 +44,9 @@ _KEPT_ARRAY = 4096
 """Arrays of numbers up to this length are kept (per-layer values); of others only the length is."""
 
 _MOST_LAYERS = 100_000
+
+_STATES = (".ssm.", ".wkv.", ".shortconv.")
+"""Keys of layers with a recurrent state: Mamba and its hybrids, RWKV, LFM2."""
 
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -146,6 +113,8 @@ class Header(msgspec.Struct, frozen=True):
     special_tokens: SpecialTokens = SpecialTokens()
     causal: bool = True
     """False: every token sees those after it, so the model cannot generate."""
+    recurrent: bool = False
+    """Some layers keep a state that cannot go back behind a token, as drafting needs it."""
 
 
 class _Tensors(msgspec.Struct, frozen=True):
@@ -236,6 +205,9 @@ def read_header(path: Path) -> Header:
             )
         ),
         causal=values.get(f"{architecture}.attention.causal") is not False,
+        recurrent=any(
+            key.startswith(tuple(architecture + end for end in _STATES)) for key in values
+        ),
     )
 
 
@@ -379,7 +351,7 @@ def _read_tensors(cursor: _Cursor, count: int, values: dict[str, Value]) -> _Ten
         dimensions = [cursor.u64() for _ in range(min(cursor.u32(), 8))]
         kind, offset = cursor.u32(), cursor.u64()
         # Of a type newer than this table only the beginning can be checked.
-        block, block_bytes = _BLOCKS.get(kind, (1, 0))
+        block, block_bytes = BLOCKS.get(kind, (1, 0))
         if not dimensions or dimensions[0] % block:
             raise GgufError(f"{cursor.name}: damaged: tensor {tensor!r} has shape {dimensions}")
         size = prod(dimensions) // block * block_bytes

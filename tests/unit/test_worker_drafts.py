@@ -104,11 +104,16 @@ def test_a_named_family_goes_before_a_mere_architecture():
         {"vocabulary": 0},
         {"special_tokens": SpecialTokens(1, 3, 2)},
         {"causal": False},
+        {"recurrent": True},
     ],
 )
 def test_what_cannot_draft(change: dict):
     assert may_draft(TARGET, requantized())
     assert find_draft(TARGET, [replace(requantized(), **change)]) is None
+
+
+def test_a_recurrent_target_takes_no_draft():
+    assert find_draft(replace(TARGET, recurrent=True), [requantized()]) is None
 
 
 def test_a_vocabulary_may_be_padded():

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from worker.ggml_types import BLOCKS, NAMES
 from worker.gguf_header import (
-    _BLOCKS,
     GgufError,
     SpecialTokens,
     estimate_memory,
@@ -43,6 +43,7 @@ def write(path: Path, *, heads_kv: int | list[int] | None = None, extra: bool = 
         writer.add_bos_token_id(0)
         writer.add_eot_token_id(4999)
         writer.add_causal_attention(False)
+        writer.add_ssm_conv_kernel(4)
     writer.add_tensor("blk.0.w", np.zeros((8, 64), dtype=np.float32))
     writer.add_tensor("b", np.zeros((3, 32), dtype=np.float16))
     writer.write_header_to_file()
@@ -74,6 +75,7 @@ def test_what_a_header_says(tmp_path: Path):
     assert (header.basename, header.tokenizer, header.pre_tokenizer) == ("Tiny", "gpt2", "tiny-bpe")
     assert header.special_tokens == SpecialTokens(bos=0, eos=-1, eot=4999)
     assert not header.causal
+    assert header.recurrent
 
 
 def test_heads_may_differ_by_layer_and_default_to_all(tmp_path: Path):
@@ -85,6 +87,7 @@ def test_heads_may_differ_by_layer_and_default_to_all(tmp_path: Path):
     assert (bare.vocabulary, bare.chat_template) == (0, False)
     assert (bare.basename, bare.tokenizer, bare.special_tokens) == ("", "", SpecialTokens())
     assert bare.causal
+    assert not bare.recurrent
 
 
 def test_the_real_model():
@@ -111,10 +114,11 @@ def test_the_real_model():
 
 def test_block_sizes_are_ggml_s():
     theirs = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
-    assert {kind: theirs[kind] for kind in _BLOCKS if kind in theirs} == {
-        kind: size for kind, size in _BLOCKS.items() if kind in theirs
+    assert {kind: theirs[kind] for kind in BLOCKS if kind in theirs} == {
+        kind: size for kind, size in BLOCKS.items() if kind in theirs
     }
-    assert theirs.keys() <= _BLOCKS.keys()
+    assert theirs.keys() <= BLOCKS.keys()
+    assert {kind: gguf.GGMLQuantizationType(kind).name for kind in NAMES} == NAMES
 
 
 def test_cut_anywhere_it_says_so(tmp_path: Path, whole: bytes):
