@@ -12,6 +12,7 @@ pressure (more and longer requests than there is room for; ours alone).
 import shlex
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,6 +35,7 @@ from loadtests.peers.systems import Peer, Plan, running
 from loadtests.peers.throughput import ThroughputRow, measure_throughput, throughput_table
 from loadtests.procfs import raise_open_files
 from loadtests.stack import StackFailed, smollm2
+from shared.broker import BrokerFailed
 
 Part = Literal["throughput", "mixed", "prefix", "conversations", "pressure"]
 PARTS: tuple[Part, ...] = ("throughput", "mixed", "prefix", "conversations", "pressure")
@@ -106,6 +108,16 @@ def report(rows: Sequence[Row]) -> str:
     return "\n\n".join(sections)
 
 
+def _setting(plan: Plan) -> Setting:
+    return Setting(
+        model=plan.model.name,
+        draft=plan.draft.name if plan.draft else "",
+        threads=plan.threads,
+        server_args=shlex.join(plan.server_extra),
+        worker_args=shlex.join(plan.worker_extra),
+    )
+
+
 def _title(setting: Setting) -> str:
     parts = [setting.model, f"{setting.threads} thread(s)"]
     if setting.draft:
@@ -118,12 +130,13 @@ def _title(setting: Setting) -> str:
 
 
 @contextmanager
-def _writing(path: Path | None) -> Iterator[Callable[[Row], None]]:
-    """Say each row at once, to the terminal and to the file, so that a broken run is not lost."""
+def _writing(path: Path | None, rows: list[Row]) -> Iterator[Callable[[Row], None]]:
+    """Keep each row and tell it at once, to the terminal and the file: a broken run is not lost."""
     file = None if path is None else path.open("wb")
     try:
 
         def write(row: Row) -> None:
+            rows.append(row)
             line = msgspec.json.encode(row)
             print(line.decode(), flush=True)
             if file is not None:
@@ -235,9 +248,17 @@ def main(
         from_json: show the rows of such a file and measure nothing
         plot: where to draw tokens a second over concurrency, as SVG
     """
+    files = {"model": model, "draft": draft, "server": server, "from-json": from_json}
+    for flag, path in files.items():
+        if path is not None and not path.is_file():
+            raise SystemExit(f"bench_peers: --{flag}: there is no file {path}")
+    if plot is not None and find_spec("matplotlib") is None:
+        raise SystemExit("bench_peers: --plot: needs matplotlib; `make bench-peers` installs it")
+    rows: list[Row] = []
+    failed = ""
     try:
         if from_json is not None:
-            rows = read_rows(from_json)
+            rows += read_rows(from_json)
         else:
             plan = Plan(
                 model=model or smollm2(),
@@ -250,16 +271,6 @@ def main(
                 server_extra=tuple(shlex.split(server_args)),
                 worker_extra=tuple(shlex.split(worker_args)),
             )
-            for path in (plan.model, draft, plan.server):
-                if path is not None and not path.is_file():
-                    raise SystemExit(f"bench_peers: {path} is not there")
-            setting = Setting(
-                model=plan.model.name,
-                draft=draft.name if draft else "",
-                threads=threads,
-                server_args=server_args,
-                worker_args=worker_args,
-            )
             amounts = Amounts(
                 levels=concurrency,
                 reps=reps,
@@ -270,29 +281,20 @@ def main(
                 turns=turns,
                 requests=requests,
             )
-            rows = _measured(part, plan, amounts, setting, json_file)
+            raise_open_files(1024)
+            with _writing(json_file, rows) as write:
+                write(_setting(plan))
+                uvloop.run(_run(part, plan, amounts, write))
+    except (BrokerFailed, BuildFailed, OSError, PartFailed, StackFailed, ValueError) as error:
+        failed = f"bench_peers: {error}"
+    # what was measured before a failure is shown too: it took long enough
+    if len(rows) > 1:
         print(f"\n{report(rows)}")
-        if plot is not None:
-            title = "\n".join(_title(row) for row in rows if isinstance(row, Setting))
-            draw([row for row in rows if isinstance(row, ThroughputRow)], title, plot)
-    except (BuildFailed, PartFailed, StackFailed, OSError, ValueError, ImportError) as error:
-        raise SystemExit(f"bench_peers: {error}") from None
-
-
-def _measured(
-    parts: Sequence[Part], plan: Plan, amounts: Amounts, setting: Setting, path: Path | None
-) -> list[Row]:
-    raise_open_files(1024)
-    rows: list[Row] = []
-    with _writing(path) as write:
-
-        def take(row: Row) -> None:
-            rows.append(row)
-            write(row)
-
-        take(setting)
-        uvloop.run(_run(parts, plan, amounts, take))
-    return rows
+    if failed:
+        raise SystemExit(failed)
+    if plot is not None:
+        title = "\n".join(_title(row) for row in rows if isinstance(row, Setting))
+        draw([row for row in rows if isinstance(row, ThroughputRow)], title, plot)
 
 
 if __name__ == "__main__":

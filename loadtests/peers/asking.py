@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterable, Sequence
 
+from loadtests.crowd import Crowd
 from loadtests.figures import percentile
 from loadtests.http_client import Client
 from loadtests.http_reply import Reply
@@ -17,6 +18,7 @@ __all__ = (
     "chat",
     "milliseconds",
     "pauses",
+    "settle",
     "try_all",
 )
 
@@ -102,6 +104,19 @@ async def ask_all(system: System, requests: Sequence[bytes], at_once: int) -> li
         PartFailed: one was refused, broke off, or took ten minutes.
     """
     return [_checked(system, reply) for reply in await try_all(system, requests, at_once)]
+
+
+async def settle(system: System, crowd: Crowd) -> None:
+    """Wait until every stream of a crowd has its first token.
+
+    Raises:
+        PartFailed: one failed, or took too long.
+    """
+    try:
+        await crowd.settled()
+    except (RuntimeError, TimeoutError) as error:
+        why = str(error) or "a stream did not begin in time"
+        raise PartFailed(f"{system.name}: {why}") from None
 
 
 def cached_tokens(reply: Reply) -> int:

@@ -17,7 +17,7 @@ import msgspec
 from loadtests.crowd import Crowd
 from loadtests.figures import markdown, median_and_range
 from loadtests.http_reply import Reply
-from loadtests.peers.asking import PartFailed, ask, chat, milliseconds, pauses
+from loadtests.peers.asking import PartFailed, ask, chat, milliseconds, pauses, settle
 from loadtests.peers.systems import System
 from loadtests.peers.texts import Texts
 
@@ -90,7 +90,7 @@ async def _one(
 
     crowd.grow(STREAMS)
     try:
-        await crowd.settled()
+        await settle(system, crowd)
         del crowd.recorder.gaps[:]
         crowd.recorder.tokens = 0
         started = now()

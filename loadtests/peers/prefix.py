@@ -15,7 +15,15 @@ import msgspec
 from loadtests.crowd import Crowd
 from loadtests.figures import markdown, median_and_range
 from loadtests.http_reply import Reply
-from loadtests.peers.asking import PartFailed, ask, ask_all, cached_tokens, chat, milliseconds
+from loadtests.peers.asking import (
+    PartFailed,
+    ask,
+    ask_all,
+    cached_tokens,
+    chat,
+    milliseconds,
+    settle,
+)
 from loadtests.peers.systems import System
 from loadtests.peers.texts import Message, Texts, assistant
 
@@ -126,10 +134,10 @@ async def _busy(system: System, rep: int, texts: Texts, slots: int) -> PrefixRow
     later: list[Reply] = []
     crowd.grow(slots - 2)
     try:
-        await crowd.settled()
+        await settle(system, crowd)
         started = now()
         holder.grow(1)
-        await holder.settled()
+        await settle(system, holder)
         first = now() - started
         for number in range(1, 1 + QUESTIONS):
             await ask(system, chat(system, texts.short(), ANSWER_TOKENS))

@@ -16,6 +16,10 @@ from loadtests.peers.texts import Texts
 __all__ = ("ThroughputRow", "count_of", "measure_throughput", "ratios", "throughput_table")
 
 LEAST_REQUESTS = 4
+_NOTE = (
+    "ITL is the pause from one arrival to the next; tokens that come of one step arrive together. "
+    "CPU is that of all processes of a system."
+)
 
 
 class ThroughputRow(msgspec.Struct, frozen=True, tag_field="part", tag="throughput"):
@@ -129,7 +133,7 @@ def throughput_table(rows: Sequence[ThroughputRow]) -> str:
             rate = median_and_range([row.tokens_per_second for row in mine])
             ratio = "" if system == OURS else median_and_range(ratios(rows, level, system))
             table.append((str(level), system, rate, ratio, *figures))
-    return markdown(heads, table)
+    return f"{markdown(heads, table)}\n\n{_NOTE}"
 
 
 def _ours_first(row: ThroughputRow) -> tuple[bool, str]:

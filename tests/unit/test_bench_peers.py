@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtests.bench_peers import CONTEXTS, PARTS, SLOTS, Setting, plan_of, read_rows, report
+from loadtests.bench_peers import (
+    CONTEXTS,
+    PARTS,
+    SLOTS,
+    Setting,
+    main,
+    plan_of,
+    read_rows,
+    report,
+)
+from loadtests.crowd import Crowd
 from loadtests.http_client import Target
 from loadtests.http_reply import Reply
 from loadtests.peers import plot
@@ -22,6 +32,7 @@ from loadtests.peers.asking import (
     cached_tokens,
     chat,
     pauses,
+    settle,
     try_all,
 )
 from loadtests.peers.conversations import ConversationsRow, Talk, possible_tokens
@@ -177,6 +188,23 @@ async def test_a_system_that_is_not_there_fails_the_part_by_its_name() -> None:
     with pytest.raises(PartFailed, match="nobody"):
         await ask_all(system, [request] * 3, at_once=2)
     assert [r.error[:7] for r in await try_all(system, [request] * 3, at_once=2)] == ["connect"] * 3
+
+
+async def test_a_crowd_that_fails_fails_the_part() -> None:
+    system = System("nobody", Target(f"http://127.0.0.1:{low_port()}"), "bench", {})
+    crowd = Crowd(system.target, lambda: chat(system, [], 1))
+    crowd.grow(2)
+    with pytest.raises(PartFailed, match="nobody: a stream failed: connect"):
+        await settle(system, crowd)
+    crowd.grow(0)
+
+
+@pytest.mark.parametrize("flag", ["model", "draft", "server", "from_json"])
+def test_a_file_that_is_not_there_is_named_with_its_flag(flag: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        SystemExit, match=rf"--{flag.replace('_', '-')}: there is no file .*/absent"
+    ):
+        main(**{flag: tmp_path / "absent"})
 
 
 # what is counted
