@@ -35,7 +35,7 @@ class Unpaired(Exception):
 def check_pair(target: Model, draft: Model) -> None:
     """Compare two loaded models, vocabularies alone being enough (`vocab_only`).
 
-    Takes about 1 us for every token of both vocabularies.
+    Takes about 2 us for every token of both vocabularies.
 
     Raises:
         Unpaired: they do not fit, with the first difference in this order: memory that cannot be
