@@ -27,6 +27,9 @@ from loadtests.figures import markdown, median_and_range
 from loadtests.stack import smollm2, smollm2_q4_0
 from shared.protocol import Busy, Delta, End, Fail, Frame, Generate, Sampling, TokenInput
 
+_WATCHED_STEPS = 6
+"""Steps before an answer or a window ends from which on the driver reads every one."""
+
 
 class _Load:
     """What keeps `streams` answers in the engine at a time, and counts their tokens.
@@ -45,8 +48,13 @@ class _Load:
         self._fault = fault
         self._rng = random.Random(7 + rep)
         self._live: set[int] = set()
+        self._left = [0] * streams
         for index in range(streams):
             self._next(index, lengths(index, rep))
+
+    def steps_to_next(self) -> int:
+        """Steps until the next answer ends."""
+        return min(self._left)
 
     def cancel(self) -> None:
         """Give up all that is under way."""
@@ -54,7 +62,7 @@ class _Load:
             self._driver.cancel(self._live.pop())
 
     def _next(self, index: int, plan: Iterator[int]) -> None:
-        left = next(plan)
+        left = self._left[index] = next(plan)
         followed = False
         request = Generate(
             id=f"{index}",
@@ -72,9 +80,11 @@ class _Load:
                 self.running.add(index)
                 self.tokens += len(frame.tokens)
                 left -= len(frame.tokens)
-                if left <= 1 and not followed:
-                    followed = True
-                    self._next(index, plan)
+                if not followed:
+                    self._left[index] = left
+                    if left <= 1:
+                        followed = True
+                        self._next(index, plan)
             elif isinstance(frame, End):
                 self._live.discard(request.attempt)
             elif frame is None or isinstance(frame, Fail | Busy):
@@ -91,10 +101,13 @@ class _Engine:
     with as many compute threads as cores, the driver's time is the engine's.
     """
 
-    def __init__(self, driver: EngineDriver, streams: int, rep: int) -> None:
+    def __init__(
+        self, driver: EngineDriver, streams: int, rep: int, seconds_a_step: float = 1.0
+    ) -> None:
         self._driver = driver
         self._streams = streams
         self._reached: asyncio.Future[None] | None = None
+        self._pace = seconds_a_step
         self._load = _Load(driver, streams, rep, self._fail)
 
     async def begin(self) -> None:
@@ -109,18 +122,25 @@ class _Engine:
 
     async def window(self, seconds: float) -> tuple[int, float]:
         """Go on for about `seconds`, from step to step: tokens and seconds; raises as `begin`."""
-        before, began, now = 0, 0.0, 0.0
+        before, began, now, steps = 0, 0.0, 0.0, 0
 
         def over() -> bool:
-            nonlocal before, began, now
+            nonlocal before, began, now, steps
             now = time.perf_counter()
             if not began:  # it was stopped in the middle of this step
                 before, began = self._load.tokens, now
+                return False
+            steps += 1
+            # Until then nothing is to be done, nor timed.
+            idle = min(self._load.steps_to_next() * self._pace, began + seconds - now)
+            if idle > _WATCHED_STEPS * self._pace:
+                self._driver.rest(idle - _WATCHED_STEPS * self._pace)
             return now - began >= seconds
 
         os.kill(self._driver.pid, signal.SIGCONT)
         await self._until(over)
         os.kill(self._driver.pid, signal.SIGSTOP)
+        self._pace = (now - began) / steps
         return self._load.tokens - before, now - began
 
     async def end(self) -> None:

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable
-from typing import Literal
+from typing import Literal, cast
 
 import msgspec
 
@@ -176,8 +176,7 @@ class EngineDriver:
         Where compute threads use all cores, each message read takes time from them.
         """
         assert self._writer is not None
-        transport = self._writer.transport
-        assert isinstance(transport, asyncio.ReadTransport)
+        transport = cast(asyncio.ReadTransport, self._writer.transport)  # of a socket, both
         if transport.is_reading():
             transport.pause_reading()
             asyncio.get_running_loop().call_later(seconds, self._go_on, transport)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import structlog
 
+from worker.engine.calibrate import asked_of, calibrated
 from worker.engine.cpu import advise
 from worker.engine.embedding import Embedder
 from worker.engine.intake import Intake, read_message
@@ -21,11 +22,15 @@ from worker.engine.llama import Batch, Context, LoadError, Model, silence
 from worker.engine.loop import Loop
 from worker.engine.outbox import Outbox
 from worker.engine.room import NoRoom, fit_context
+from worker.engine.speculation.setup import make_speculator
 from worker.gguf_header import GgufError, read_header
 from worker.link import EngineConfig, Failed, Loading, Ready, decode_config, pack
 
 MOST_CONTEXT = 4096
 """Tokens a sequence gets by default at most, however long the model was trained."""
+
+_WEIGHTS = 0.9
+"""What reading the weights is of the load; the rest is calibration, if it is not cached."""
 
 
 def main() -> None:
@@ -42,7 +47,7 @@ def main() -> None:
     silence()
     try:
         loop = _load(link, config)
-    except (LoadError, NoRoom, GgufError, RuntimeError) as error:
+    except (LoadError, NoRoom, GgufError, OSError, RuntimeError) as error:
         link.sendall(pack(Failed(f"{config.path}: {error}")))
         sys.exit(1)
     gc.freeze()  # the vocabulary tables live for ever: never walk them again
@@ -61,10 +66,14 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
             told = fraction
             link.sendall(pack(Loading(fraction)))
 
-    model = Model(config.path, gpu_layers=config.gpu_layers, on_progress=progress)
-    cores = len(os.sched_getaffinity(0))
-    threads = config.threads or max(1, cores - 1)
-    prefill_threads = config.prefill_threads or threads
+    def weights(fraction: float) -> None:
+        progress(_WEIGHTS * fraction)
+
+    def calibrating(fraction: float) -> None:
+        progress(_WEIGHTS + (1 - _WEIGHTS) * fraction)
+
+    model = Model(config.path, gpu_layers=config.gpu_layers, on_progress=weights)
+    asked = asked_of(config)
     fitting = fit_context(
         read_header(Path(config.path)),
         slots=config.slots,
@@ -78,23 +87,29 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
         slots=config.slots,
         context=fitting,
         step_tokens=config.step_tokens,
-        threads=threads,
-        prefill_threads=prefill_threads,
+        threads=asked.limit,
+        prefill_threads=asked.prefill_threads or asked.limit,
     )
     _prove(model, context, config.step_tokens)
-    embedder = Embedder(model, config, context.context, prefill_threads)
+    calibration = calibrated(model, context, config, tell=calibrating).calibration
+    context.set_threads(calibration.threads, calibration.prefill_threads)
+    speculator, refusal = make_speculator(
+        config, model, context, calibration, lambda _: link.sendall(pack(Loading(1.0)))
+    )
+    embedder = Embedder(model, config, context.context, calibration.prefill_threads)
     intake = Intake(link, model, config, context.context)
-    loop = Loop(context, embedder, intake, Outbox(link), config.step_tokens)
+    loop = Loop(context, embedder, intake, Outbox(link), config.step_tokens, speculator)
+    advice = advise(config.path, gpu_layers=config.gpu_layers)
     link.sendall(
         pack(
             Ready(
                 context=context.context,
                 slots=context.slots,
-                threads=threads,
+                threads=calibration.threads,
                 description=model.description(),
                 load_seconds=round(time.monotonic() - began, 3),
                 embeddings=config.embeddings,
-                advice=advise(config.path, gpu_layers=config.gpu_layers),
+                advice="; ".join(line for line in (refusal, advice) if line),
             )
         )
     )

@@ -6,7 +6,7 @@ that a schema that comes again costs a copy of its start state.
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import llama_cpp.llama_cpp as ll
@@ -89,6 +89,10 @@ class Matcher:
         """Take the tokens that were emitted before, to go on after them; False as `accept`."""
         self._current = False
         return self._matcher.consume_tokens(list(tokens))
+
+    def allowed(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens may follow, in this order; nothing is taken."""
+        return self._matcher.validate_tokens(list(tokens))
 
     @property
     def stopped(self) -> bool:

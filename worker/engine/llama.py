@@ -22,6 +22,9 @@ POOLING_NONE: Final = 0
 
 _log_tail: list[str] = []
 
+_logits_address = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(("llama_get_logits", ll._lib))
+"""The binding's own makes a pointer object, whose address costs more to find out than the call."""
+
 
 class LoadError(Exception):
     """llama.cpp refused the file or the context; the message holds its own last words."""
@@ -212,12 +215,18 @@ class Context:
         self.slots = slots
         self.context = int(ll.llama_n_ctx_seq(self.handle))
         self._states = [np.empty(0, dtype=np.uint8) for _ in range(2)]
+        self._logits: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
+        self._logits_address: int | None = None
 
     def close(self) -> None:
         """Free cache and buffers."""
         if self.handle:
             ll.llama_free(self.handle)
             self.handle = None
+
+    def set_threads(self, decode: int, prefill: int) -> None:
+        """Threads of the next steps: `decode` for one row alone, `prefill` for several."""
+        ll.llama_set_n_threads(self.handle, decode, prefill)
 
     def decode(self, batch: Batch, rows: int) -> int:
         """Run the first `rows` rows; 0: done, 1: no room in the cache, else an error."""
@@ -231,10 +240,14 @@ class Context:
 
         The array is llama.cpp's own memory, valid until the next decode, and may be written to.
         """
-        pointer = ll.llama_get_logits(self.handle)
-        size = self._model.vocab_size
-        flat = np.ctypeslib.as_array(pointer, (outputs * size,))
-        return flat.reshape(outputs, size)
+        address = _logits_address(self.handle)
+        if address != self._logits_address or outputs > len(self._logits):
+            # Making a view takes 20 us; llama.cpp moves its memory only when it needs more.
+            size = self._model.vocab_size
+            pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
+            flat = np.ctypeslib.as_array(pointer, (outputs * size,))
+            self._logits, self._logits_address = flat.reshape(outputs, size), address
+        return self._logits[:outputs]
 
     def embeddings(self, outputs: int) -> NDArray[np.float32]:
         """Hidden states after the last norm, (outputs, embedding size), until the next decode."""

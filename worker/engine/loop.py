@@ -7,6 +7,8 @@ sequence lives, `scheduler.py` what goes into a step, `sampling.py` which token 
 import queue
 import time
 from collections import deque
+from collections.abc import Sequence as Drafts
+from typing import NamedTuple
 
 import numpy as np
 import structlog
@@ -20,6 +22,7 @@ from worker.engine.outbox import Outbox
 from worker.engine.scheduler import Pace, plan
 from worker.engine.sequence import Job, NoTokenLeft, Sequence
 from worker.engine.slots import Placement, Slots, hole
+from worker.engine.speculation.speculator import Candidate, Speculator
 from worker.link import CancelAttempts, EngineStats, Stop
 
 __all__ = ("Loop",)
@@ -37,11 +40,26 @@ twice what the best choice, known only later, would have cost.
 _IDLE_SECONDS = 0.5
 
 
+class _Sampled(NamedTuple):
+    """A sequence with logits in this step."""
+
+    sequence: Sequence
+    draft: list[int]
+    end: int
+    """Tokens of its slot that are computed, the draft not counted."""
+
+
 class Loop:
     """Serves one model until told to stop."""
 
     def __init__(
-        self, context: Context, embedder: Embedder, intake: Intake, outbox: Outbox, step_tokens: int
+        self,
+        context: Context,
+        embedder: Embedder,
+        intake: Intake,
+        outbox: Outbox,
+        step_tokens: int,
+        speculator: Speculator | None = None,
     ) -> None:
         self._context = context
         self._batch = Batch(step_tokens)
@@ -49,6 +67,7 @@ class Loop:
         self._embedder = embedder
         self._intake = intake
         self._outbox = outbox
+        self._speculator = speculator
         self._slots = Slots(context.slots)
         self._pace = Pace(step_tokens)
         self._waiting: deque[Sequence] = deque()
@@ -72,14 +91,14 @@ class Loop:
             self._take_arrivals()
             self._expire()
             # Slots that these freed, and refusals, are not to wait for a step they have no part in.
-            self._outbox.flush(self._stats())
+            self._outbox.flush(self._stats)
             self._admit()
             if self._running:
                 self._close_gap()
                 self._step()
             if self._embedder.waiting:
                 self._embed()
-            self._outbox.flush(self._stats())
+            self._outbox.flush(self._stats)
 
     # arrivals
 
@@ -168,6 +187,9 @@ class Loop:
             reuse = 0
         placement = Placement(placement.slot, placement.source, reuse)
         sequence.slot = self._slots.take(placement, job.prompt)
+        if self._speculator is not None:
+            self._speculator.took(placement)
+            sequence.drafting = self._speculator.begin(job.prompt, job.request.owner)
         job.start()
         job.cached = max(job.cached, reuse) if sequence.choice == 0 else job.cached
         self._cached_tokens += reuse
@@ -176,8 +198,13 @@ class Loop:
 
     def _retire(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        if sequence.slot is not None:
-            self._slots.release(sequence.slot)
+        slot = sequence.slot
+        if slot is not None:
+            if self._speculator is not None:
+                self._speculator.remember(
+                    sequence.job.request.owner, slot.tokens, len(sequence.job.prompt)
+                )
+            self._slots.release(slot)
             sequence.slot = None
 
     def _close_gap(self) -> None:
@@ -189,6 +216,8 @@ class Loop:
                 return
             if not self._context.swap(source, target):
                 raise RuntimeError(f"llama.cpp could not swap slots {source} and {target}")
+            if self._speculator is not None:
+                self._speculator.swapped(source, target)
             moved = next(s for s in self._running if s.slot is self._slots.all[source])
             moved.slot = self._slots.swap(source, target)
         self._gap_steps = 0
@@ -199,6 +228,10 @@ class Loop:
         running = self._running
         remaining = [_remaining(s) for s in running]
         decoding = remaining.count(1)
+        drafts: Drafts[list[int]] = ()
+        if decoding == len(running) and self._speculator is not None:
+            running.sort(key=_index)
+            drafts = self._draft(self._speculator)
         rows_of = plan(remaining, self._pace.budget(decoding))
         # ascending slots, so that llama.cpp finds them consecutive
         order = sorted(
@@ -206,34 +239,59 @@ class Loop:
         )
         batch = self._batch
         row = 0
-        sampled: list[Sequence] = []
+        sampled: list[_Sampled] = []
         for i in order:
-            sequence, rows = running[i], rows_of[i]
+            sequence = running[i]
             slot = sequence.slot
             assert slot is not None  # noqa: S101  a running sequence has one
-            start, end = slot.cached, slot.cached + rows
-            batch.token[row : row + rows] = slot.tokens[start:end]
-            batch.position[row : row + rows] = np.arange(start, end)
-            batch.slot[row : row + rows] = slot.index
-            batch.output[row : row + rows] = 0
+            start, end = slot.cached, slot.cached + rows_of[i]
+            draft = drafts[i] if drafts else []
+            tokens = slot.tokens[start:end] + draft
+            after = row + len(tokens)
+            batch.token[row:after] = tokens
+            batch.position[row:after] = np.arange(start, start + len(tokens))
+            batch.slot[row:after] = slot.index
+            batch.output[row:after] = 0
             if end == len(slot.tokens):
-                batch.output[row + rows - 1] = 1
-                sampled.append(sequence)
+                batch.output[after - 1 - len(draft) : after] = 1
+                sampled.append(_Sampled(sequence, draft, end))
             slot.cached = end
-            row += rows
+            row = after
         began = time.perf_counter()
         code = self._context.decode(batch, row)
         if code != 0:
             raise RuntimeError(f"llama_decode returned {code} for {row} rows")
-        self._pace.measured(decoding, row - decoding, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if not any(drafts):
+            self._pace.measured(decoding, row - decoding, seconds)
         self._steps += 1
         if sampled:
+            before = self._completion_tokens
             self._advance(sampled)
+            if decoding == len(order) and self._speculator is not None:
+                self._speculator.finished(self._completion_tokens - before, seconds, row)
 
-    def _advance(self, sampled: list[Sequence]) -> None:
-        logits = self._context.logits(len(sampled))
+    def _draft(self, speculator: Speculator) -> Drafts[list[int]]:
+        candidates = []
+        for sequence in self._running:
+            slot = sequence.slot
+            if slot is None or sequence.drafting is None:
+                return ()
+            left = min(sequence.limit - sequence.count, self._context.context - len(slot.tokens))
+            candidates.append(
+                Candidate(
+                    sequence.drafting, slot, max(0, left - 1), sequence.guesser, sequence.allowed
+                )
+            )
+        return speculator.propose(candidates, time.perf_counter)
+
+    def _advance(self, sampled: list[_Sampled]) -> None:
+        logits = self._context.logits(sum(1 + len(entry.draft) for entry in sampled))
         now = time.monotonic()
-        for row, sequence in zip(logits, sampled, strict=True):
+        row = 0
+        for index, (sequence, draft, end) in enumerate(sampled):
+            rows = logits[row : row + 1 + len(draft)]
+            row += 1 + len(draft)
             job = sequence.job
             if job.attempt not in self._jobs:
                 continue  # failed by a sibling in this very step
@@ -241,17 +299,29 @@ class Loop:
                 job.first_token = now
             frames = self._outbox.frames(job.reply)
             try:
-                token, complete = sequence.advance(row, frames)
+                advance = sequence.advance(rows, draft, frames)
             except NoTokenLeft:
                 self._fail(job.attempt, WorkerFailed("constraint and biases forbid every token"))
                 continue
             except MeshError as error:
                 self._fail(job.attempt, error)
                 continue
-            self._completion_tokens += 1
-            if not complete:
-                assert sequence.slot is not None  # noqa: S101
-                sequence.slot.tokens.append(token)
+            self._completion_tokens += len(advance.tokens)
+            slot = sequence.slot
+            assert slot is not None  # noqa: S101
+            slot.tokens += advance.tokens
+            slot.cached = end + advance.rows - 1
+            if advance.rows < len(rows):
+                self._context.forget(slot.index, slot.cached)
+            if sequence.drafting is not None and self._speculator is not None:
+                sequence.drafting.lookup.extend(advance.tokens)
+                if draft:
+                    drafted = self._speculator.verified(
+                        index, advance.rows - 1, advance.complete, slot.cached
+                    )
+                    job.drafted += drafted
+                    job.accepted += min(drafted, advance.rows - 1)
+            if not advance.complete:
                 continue
             self._retire(sequence)
             job.open -= 1
@@ -269,7 +339,8 @@ class Loop:
             self._outbox.ended(done.attempt)
 
     def _stats(self) -> EngineStats:
-        held = sum(slot.cached for slot in self._slots.all if slot.busy)
+        held = sum(s.slot.cached for s in self._running if s.slot is not None)
+        counters = self._speculator.counters if self._speculator is not None else None
         return EngineStats(
             running=len(self._running),
             waiting=len(self._waiting) + len(self._embedder.waiting),
@@ -277,7 +348,12 @@ class Loop:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
             cached_tokens=self._cached_tokens,
+            drafted=sum(counters.drafted) if counters else 0,
+            accepted=sum(counters.accepted) if counters else 0,
             steps=self._steps,
+            drafted_at=counters.trimmed(counters.drafted) if counters else (),
+            accepted_at=counters.trimmed(counters.accepted) if counters else (),
+            gain=counters.gain if counters else 1.0,
         )
 
 

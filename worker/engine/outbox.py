@@ -1,6 +1,7 @@
 """Frames of one step, gathered by router and sent to the agent as one message."""
 
 import socket
+from collections.abc import Callable
 
 import msgspec
 
@@ -31,16 +32,16 @@ class Outbox:
         """The attempt is over; its slots are free."""
         self._ended.append(attempt)
 
-    def flush(self, stats: EngineStats, *, force: bool = False) -> None:
-        """Send what has gathered; without anything to say, only if `force`."""
-        if not (self._by_router or self._ended or force):
+    def flush(self, stats: Callable[[], EngineStats]) -> None:
+        """Send what has gathered, if anything has."""
+        if not (self._by_router or self._ended):
             return
         mail = tuple(
             Mail(reply, self._encode(frames))
             for reply, frames in self._by_router.values()
             if frames
         )
-        step = Step(mail, tuple(self._ended), stats)
+        step = Step(mail, tuple(self._ended), stats())
         self._by_router.clear()
         self._ended.clear()
         self._link.sendall(pack(step))

@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from shared.protocol import Sampling
 
-__all__ = ("REPEAT_WINDOW", "Logits", "Sampler", "choose", "log_probabilities", "most_likely")
+__all__ = (
+    "REPEAT_WINDOW",
+    "Logits",
+    "Sampler",
+    "choose",
+    "confidence",
+    "log_probabilities",
+    "most_likely",
+)
 
 REPEAT_WINDOW = 64
 """Tokens that `repeat_penalty` looks back on, prompt included; llama.cpp's `repeat_last_n`."""
@@ -97,6 +105,13 @@ def choose(row: Logits, params: Sampling, draw: float) -> int:
     mass = np.cumsum(weights)
     index = int(np.searchsorted(mass, draw * mass[-1], side="right"))
     return int(ids[min(index, ids.size - 1)])
+
+
+def confidence(row: Logits, token: int, temperature: float) -> float:
+    """The probability of a token at a temperature above 0, in single precision: an estimate."""
+    scaled = (row - row[token]) / np.float32(temperature)
+    # what is far above the token leaves it no probability, and must not overflow
+    return 1.0 / float(np.exp(np.minimum(scaled, 60.0)).sum())
 
 
 def log_probabilities(row: Logits) -> NDArray[np.float64]:

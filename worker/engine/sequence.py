@@ -5,8 +5,10 @@ Knows nothing of batches or the KV cache.
 """
 
 import time
-from typing import Literal
+from collections.abc import Sequence as Tokens
+from typing import Literal, NamedTuple
 
+from shared.errors import MeshError
 from shared.protocol import (
     Delta,
     Done,
@@ -20,18 +22,144 @@ from shared.protocol import (
 )
 from worker.engine.constraint import Matcher
 from worker.engine.draws import uniform
-from worker.engine.sampling import Logits, Sampler, choose, log_probabilities, most_likely
+from worker.engine.sampling import (
+    Logits,
+    Sampler,
+    choose,
+    confidence,
+    log_probabilities,
+    most_likely,
+)
 from worker.engine.slots import Slot
+from worker.engine.speculation.speculator import Drafting
 from worker.engine.text import TextAssembler
 from worker.engine.tools import ReasoningParser, ToolParser
 
-__all__ = ("Job", "NoTokenLeft", "Sequence")
+__all__ = ("Advance", "DraftGuesser", "Job", "NoTokenLeft", "Sequence")
 
 Reason = Literal["stop", "length", "tool_calls"]
 
 
 class NoTokenLeft(Exception):
     """The constraint and the biases together forbid every token."""
+
+
+class Advance(NamedTuple):
+    """What one step brought a sequence."""
+
+    tokens: list[int]
+    """Emitted, in order; an end token is not among them."""
+    complete: bool
+    rows: int
+    """Rows sampled from: the last token and the draft tokens before the last one sampled."""
+
+
+class _Telling:
+    """Gathers the tokens of a step into as few frames as keep what they say in order."""
+
+    __slots__ = (
+        "_attempt",
+        "_choice",
+        "_deltas",
+        "_first",
+        "_frames",
+        "_logprobs",
+        "_reasoning",
+        "_text",
+        "_tokens",
+    )
+
+    def __init__(self, attempt: int, choice: int, first: int, frames: list[Frame]) -> None:
+        self._attempt = attempt
+        self._choice = choice
+        self._first = first
+        self._frames = frames
+        self._clear()
+
+    def _clear(self) -> None:
+        self._tokens: list[int] = []
+        self._text = self._reasoning = ""
+        self._logprobs: tuple[TokenLogprob, ...] = ()
+        self._deltas: tuple[ToolDelta, ...] = ()
+
+    def add(
+        self,
+        token: int,
+        text: str,
+        logprobs: tuple[TokenLogprob, ...],
+        deltas: tuple[ToolDelta, ...],
+        reasoning: str,
+    ) -> None:
+        """A frame says reasoning first, then text, then tool calls."""
+        if (reasoning and (self._text or self._deltas)) or (text and self._deltas):
+            self.tell()
+        self._tokens.append(token)
+        self._text += text
+        self._reasoning += reasoning
+        self._logprobs += logprobs
+        self._deltas += deltas
+
+    def tell(self) -> None:
+        """Make a frame of what has gathered."""
+        if not self._tokens:
+            return
+        self._frames.append(
+            Delta(
+                self._attempt,
+                self._choice,
+                self._first,
+                tuple(self._tokens),
+                self._text,
+                self._logprobs,
+                self._deltas,
+                self._reasoning,
+            )
+        )
+        self._first += len(self._tokens)
+        self._clear()
+
+
+class DraftGuesser:
+    """Draws a sequence's draft tokens as the sequence itself will draw: with the same parameters
+    and random numbers, so that drafts agree with samples as often as they can.
+    """
+
+    __slots__ = ("_index", "_matcher", "_over", "_sampler", "_sequence")
+
+    def __init__(self, sequence: "Sequence", sampler: Sampler, matcher: Matcher | None) -> None:
+        self._sequence = sequence
+        self._sampler = sampler
+        self._matcher = matcher
+        self._index = sequence.count
+        self._over = False
+
+    def guess(self, row: Logits) -> tuple[int, float]:
+        """The next draft token, and how sure the draft is of it, 0 to 1.
+
+        Where the constraint lets nothing follow, the token means nothing, and its sureness is 0.
+        """
+        if self._over:
+            return 0, 0.0
+        if not self._sampler.plain:
+            self._sampler.adjust(row)
+        try:
+            if self._matcher is not None:
+                self._matcher.apply(row)
+        except MeshError:
+            # The sequence's own matcher will say so when it comes to this token.
+            self._over = True
+            return 0, 0.0
+        sequence = self._sequence
+        params = sequence.job.request.sampling
+        token = choose(row, params, uniform(params.seed, sequence.choice, self._index))
+        self._index += 1
+        if row[token] == -float("inf"):
+            self._over = True
+            return token, 0.0
+        sure = confidence(row, token, params.temperature or 1.0)
+        if self._matcher is not None:
+            self._over = not self._matcher.accept(token) or self._matcher.stopped
+        return token, sure
 
 
 class Sequence:
@@ -46,6 +174,7 @@ class Sequence:
         "_tools",
         "choice",
         "count",
+        "drafting",
         "job",
         "limit",
         "slot",
@@ -67,6 +196,8 @@ class Sequence:
         self.count = 0
         self.limit = limit
         self.slot: Slot | None = None
+        self.drafting: Drafting | None = None
+        """None: nothing is drafted for it."""
         self._pieces = pieces
         self._assembler = TextAssembler(pieces, job.request.stop)
         self._matcher = matcher
@@ -94,43 +225,70 @@ class Sequence:
             raise NoTokenLeft
         return token
 
-    def advance(self, row: Logits, frames: list[Frame]) -> tuple[int, bool]:
-        """Sample, emit frames, and return (token, whether the choice is complete)."""
+    def advance(self, rows: Logits, draft: Tokens[int], frames: list[Frame]) -> Advance:
+        """Sample and emit tokens as long as the draft foretold them, and the one after.
+
+        Args:
+            rows: logits after the last token and after each of the draft, (1 + draft, vocabulary);
+                may be written to.
+            draft: what was computed on trial; each token stands if it is the one that is sampled.
+            frames: gets what is to be told.
+
+        Raises:
+            NoTokenLeft: no token may follow.
+        """
+        emitted: list[int] = []
+        telling = _Telling(self.job.attempt, self.choice, self.count, frames)
+        for used, row in enumerate(rows, start=1):
+            token, complete = self._emit(row, emitted, telling)
+            if complete or used > len(draft) or token != draft[used - 1]:
+                telling.tell()
+                if complete:
+                    self._finish(complete, frames)
+                return Advance(emitted, bool(complete), used)
+        raise ValueError("there is a row more than the draft has tokens")
+
+    def _emit(
+        self, row: Logits, emitted: list[int], telling: "_Telling"
+    ) -> tuple[int, Reason | None]:
+        """One token; with the reason if the choice is complete."""
         job = self.job
         wanted = job.request.logprobs
         raw = log_probabilities(row) if wanted is not None else None
         token = self.sample(row)
         if token in job.end_tokens:
-            self._finish("stop", frames)
-            return token, True
+            return token, "stop"
         self._sampler.accept(token)
-        first = self.count
         self.count += 1
         job.completion += 1
+        emitted.append(token)
         text, stopped = self._assembler.push(token)
         content, reasoning, deltas = self._parse(text)
         logprobs: tuple[TokenLogprob, ...] = ()
         if raw is not None and wanted is not None:
             top = tuple(self._logprob(t, float(raw[t])) for t in most_likely(raw, wanted))
             logprobs = (self._logprob(token, float(raw[token]), top),)
-        frames.append(
-            Delta(job.attempt, self.choice, first, (token,), content, logprobs, deltas, reasoning)
-        )
+        telling.add(token, content, logprobs, deltas, reasoning)
         if stopped:
-            self._finish("stop", frames, stopped_by=self._assembler.stopped_by)
-            return token, True
+            return token, "stop"
         if self._matcher is not None:
             self._matcher.accept(token)
             if self._matcher.stopped:
-                self._finish("stop", frames)
-                return token, True
+                return token, "stop"
         if self._tools is not None and self._tools.finished:
-            self._finish("stop", frames)
-            return token, True
-        if self.count >= self.limit:
-            self._finish("length", frames)
-            return token, True
-        return token, False
+            return token, "stop"
+        return token, "length" if self.count >= self.limit else None
+
+    # speculation
+
+    def guesser(self) -> "DraftGuesser":
+        """What draws the draft tokens that are to follow."""
+        matcher = self._matcher.fork() if self._matcher is not None else None
+        return DraftGuesser(self, self._sampler, matcher)
+
+    def allowed(self, tokens: Tokens[int]) -> int:
+        """How many of these tokens the constraint lets follow."""
+        return len(tokens) if self._matcher is None else self._matcher.allowed(tokens)
 
     def _parse(self, text: str) -> tuple[str, str, tuple[ToolDelta, ...]]:
         reasoning = ""
@@ -141,7 +299,8 @@ class Sequence:
             text, deltas = self._tools.push(text)
         return text, reasoning, deltas
 
-    def _finish(self, reason: Reason, frames: list[Frame], stopped_by: str = "") -> None:
+    def _finish(self, reason: Reason, frames: list[Frame]) -> None:
+        stopped_by = self._assembler.stopped_by
         tail = "" if stopped_by else self._assembler.flush()
         text, reasoning, deltas = self._parse(tail)
         if self._reasoning is not None:
@@ -193,6 +352,8 @@ class Job:
         """Sequences not yet complete."""
         self.cached = 0
         self.completion = 0
+        self.drafted = 0
+        self.accepted = 0
         self.started = 0.0
         """Monotonic time of the first row computed; 0: still waiting."""
         self.first_token = 0.0
@@ -210,7 +371,13 @@ class Job:
         first = self.first_token or now
         return End(
             self.attempt,
-            Usage(prompt=len(self.prompt), completion=self.completion, cached=self.cached),
+            Usage(
+                prompt=len(self.prompt),
+                completion=self.completion,
+                cached=self.cached,
+                drafted=self.drafted,
+                accepted=self.accepted,
+            ),
             Timings(
                 queue_ms=round(self.queued * 1e3, 3),
                 prefill_ms=round((first - self.started) * 1e3, 3),

@@ -1,0 +1,64 @@
+"""What a step costs by its number of rows, as calibrated at load and as it goes now. Pure.
+
+The machine's speed drifts by half within minutes, and all widths drift together: so what a step
+takes corrects one factor for all widths quickly, and the width it was measured at slowly.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable
+
+__all__ = ("NOMINAL", "StepCost")
+
+NOMINAL = ((1, 0.010), (2, 0.014), (8, 0.026), (32, 0.070))
+"""Rows and seconds for a model that was not calibrated; only their ratios matter for long."""
+
+_SPEED_GAIN = 0.1
+_SHAPE_GAIN = 0.02
+_OUTLIER = math.log(3.0)
+"""A step that took three times what it should was disturbed: it tells nothing of the next."""
+
+
+class StepCost:
+    """Seconds of one decode call by rows; `points` are (rows, seconds), both positive."""
+
+    def __init__(self, points: Iterable[tuple[int, float]] = NOMINAL) -> None:
+        known = sorted(dict(points).items())
+        if not known:
+            raise ValueError("at least one point is needed")
+        self._rows = [rows for rows, _ in known]
+        self._shape = [math.log(seconds) for _, seconds in known]
+        self._speed = 0.0
+        """Logarithm of how much slower than calibrated the machine is now."""
+        self._known: dict[int, float] = {}
+
+    def seconds(self, rows: int) -> float:
+        """Seconds of a call with so many rows, at the machine's present speed."""
+        shape = self._known.get(rows)
+        if shape is None:
+            shape = self._known[rows] = self._interpolate(rows)
+        return shape * math.exp(self._speed)
+
+    def measured(self, rows: int, seconds: float) -> None:
+        """A call with so many rows took so long."""
+        error = math.log(seconds / self.seconds(rows))
+        if abs(error) > _OUTLIER:
+            # once it is the machine's new speed, and not a disturbance, it comes again and again
+            error = math.copysign(_OUTLIER, error) * 0.1
+        self._speed += _SPEED_GAIN * error
+        nearest = min(range(len(self._rows)), key=lambda i: abs(self._rows[i] - rows))
+        self._shape[nearest] += _SHAPE_GAIN * error
+        self._known.clear()
+
+    def _interpolate(self, rows: int) -> float:
+        right = bisect_right(self._rows, rows)
+        if right == 0 or len(self._rows) == 1:
+            return math.exp(self._shape[0])
+        # beyond the last point, along the last two
+        right = min(right, len(self._rows) - 1)
+        (low, high), (first, last) = (
+            (values[right - 1], values[right]) for values in (self._rows, self._shape)
+        )
+        start, end = math.exp(first), math.exp(last)
+        slope = max(0.0, (end - start) / (high - low))
+        return start + slope * (rows - low)

@@ -1,0 +1,162 @@
+"""The draft model: a KV cache in step with the target's, and draft tokens for many slots at a time.
+
+Slot n of the draft's cache follows slot n of the target's. Nothing is mirrored token by token:
+`_valid` says how many of a slot's tokens the draft has computed, what is wrong is cut off, and what
+is missing is computed before the slot drafts next. So acceptance, rejection, cancellation and reuse
+of prefixes need no more than lowering a number.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from worker.engine.llama import Batch, Context
+from worker.engine.sampling import Logits
+from worker.engine.slots import Slot
+from worker.engine.speculation.costs import StepCost
+
+__all__ = ("Drafter", "Guesser")
+
+_CATCH_UP_ROWS = 128
+"""Most tokens that one step computes for slots that lag behind, so that it stays a short one."""
+
+
+class Guesser(Protocol):
+    """Draws one sequence's draft tokens."""
+
+    def guess(self, row: Logits) -> tuple[int, float]:
+        """The next draft token from the draft's logits, and how sure the draft is of it, 0 to 1."""
+        ...
+
+
+class Drafter:
+    """`context` has as many slots as the target's, `vocabulary` is what both models know."""
+
+    def __init__(
+        self, context: Context, cost: StepCost, *, step_tokens: int, vocabulary: int
+    ) -> None:
+        self.cost = cost
+        self._context = context
+        self._batch = Batch(step_tokens)
+        self._vocabulary = vocabulary
+        self._valid = [0] * context.slots
+        self._computed = [0] * context.slots
+        """`_valid` and the drafts after it that are computed but not yet accepted."""
+
+    # following the target's slots
+
+    def took(self, slot: int, source: int, reuse: int) -> None:
+        """A slot begins a sequence whose first `reuse` tokens came from slot `source`."""
+        if source != slot:
+            there = min(self._valid[source], reuse)
+            if there and not self._context.copy(source, slot):
+                there = 0
+            self._valid[slot] = there
+            if there:
+                self._computed[slot] = self._computed[source]
+        self._cut(slot, min(self._valid[slot], reuse))
+
+    def swapped(self, left: int, right: int) -> None:
+        """Two slots have exchanged what they hold."""
+        if (self._computed[left] or self._computed[right]) and not self._context.swap(left, right):
+            raise RuntimeError(f"llama.cpp could not swap the draft's slots {left} and {right}")
+        for numbers in (self._valid, self._computed):
+            numbers[left], numbers[right] = numbers[right], numbers[left]
+
+    def accepted(self, slot: int, tokens: int) -> None:
+        """Of what is drafted, the slot's first `tokens` tokens are right."""
+        self._cut(slot, min(self._computed[slot], tokens))
+
+    def _cut(self, slot: int, tokens: int) -> None:
+        if self._computed[slot] > tokens or self._valid[slot] > tokens:
+            self._context.forget(slot, tokens)
+        self._valid[slot] = self._computed[slot] = tokens
+
+    # drafting
+
+    def lag(self, slot: Slot) -> int:
+        """Tokens of the slot that are not computed, the last one left out: it begins a draft."""
+        return len(slot.tokens) - 1 - self._valid[slot.index]
+
+    def catch_up(self, slots: Sequence[Slot]) -> bool:
+        """Compute what the slots lack, up to a limit; False: some lack more.
+
+        A slot may go into `draft` with one token lacking: it begins with two.
+        """
+        left = _CATCH_UP_ROWS
+        for slot in slots:
+            lag = self.lag(slot)
+            if lag <= 1:
+                continue
+            rows = min(lag, left)
+            if rows == 0:
+                return False
+            valid = self._valid[slot.index]
+            self._fill(0, slot.index, slot.tokens[valid : valid + rows], valid)
+            self._batch.output[:rows] = 0
+            self._decode(rows)
+            self._valid[slot.index] = self._computed[slot.index] = valid + rows
+            left -= rows
+        return all(self.lag(slot) <= 1 for slot in slots)
+
+    def draft(
+        self,
+        slots: Sequence[Slot],
+        guessers: Sequence[Guesser],
+        most: int,
+        goes_on: Callable[[Sequence[float]], bool],
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Draft up to `most` tokens for each slot, and tell how sure the draft is of each.
+
+        All slots get equally many.
+
+        Args:
+            slots: none of which lags by more than one token, ascending.
+            guessers: one for each.
+            most: at least 1.
+            goes_on: asked after each token, with how sure the draft is of each slot's.
+        """
+        # Slots with two tokens to begin with and slots with one would be computed apart.
+        begin = 1 + max(self.lag(slot) for slot in slots)
+        row = 0
+        for slot in slots:
+            size = len(slot.tokens)
+            start = max(0, size - begin)
+            if start < self._valid[slot.index]:
+                self._cut(slot.index, start)
+            self._fill(row, slot.index, slot.tokens[start:], start)
+            row += size - start
+            self._batch.output[row - 1] = 1
+            self._valid[slot.index] = self._computed[slot.index] = size
+        drafts: list[list[int]] = [[] for _ in slots]
+        confidences: list[list[float]] = [[] for _ in slots]
+        while True:
+            self._decode(row)
+            logits = self._context.logits(len(slots))[:, : self._vocabulary]
+            for i, guesser in enumerate(guessers):
+                token, confidence = guesser.guess(logits[i])
+                drafts[i].append(token)
+                confidences[i].append(confidence)
+            if not goes_on([sure[-1] for sure in confidences]) or len(drafts[0]) >= most:
+                return drafts, confidences
+            row = len(slots)
+            for i, slot in enumerate(slots):
+                self._fill(i, slot.index, drafts[i][-1:], self._computed[slot.index])
+                self._computed[slot.index] += 1
+            self._batch.output[:row] = 1
+
+    def _fill(self, row: int, slot: int, tokens: Sequence[int], position: int) -> None:
+        batch, end = self._batch, row + len(tokens)
+        batch.token[row:end] = tokens
+        batch.position[row:end] = np.arange(position, position + len(tokens))
+        batch.slot[row:end] = slot
+        batch.output[row:end] = 0
+
+    def _decode(self, rows: int) -> None:
+        began = time.perf_counter()
+        code = self._context.decode(self._batch, rows)
+        if code != 0:
+            raise RuntimeError(f"llama_decode of the draft returned {code} for {rows} rows")
+        self.cost.measured(rows, time.perf_counter() - began)

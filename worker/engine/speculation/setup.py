@@ -1,0 +1,102 @@
+"""From the configuration of an engine to its speculator: which parts there are, and why not all."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import llama_cpp.llama_cpp as ll
+import msgspec
+import structlog
+
+from worker.engine.calibrate import calibrated
+from worker.engine.calibration import Calibration
+from worker.engine.llama import Context, LoadError, Model
+from worker.engine.speculation.costs import StepCost
+from worker.engine.speculation.drafter import Drafter
+from worker.engine.speculation.memory import Memory
+from worker.engine.speculation.pairing import Unpaired, check_pair
+from worker.engine.speculation.speculator import Speculator
+from worker.link import EngineConfig
+
+__all__ = ("make_speculator",)
+
+log = structlog.get_logger()
+
+
+def make_speculator(
+    config: EngineConfig,
+    model: Model,
+    context: Context,
+    calibration: Calibration,
+    tell: Callable[[float], None],
+) -> tuple[Speculator | None, str]:
+    """The speculator of a loaded model, and a line on a draft model that is not used, or nothing.
+
+    Args:
+        config: what the engine was told.
+        model: the target.
+        context: the target's, whose slots the draft follows.
+        calibration: of the target.
+        tell: hears how far the draft is loaded, 0 to 1.
+    """
+    if config.speculation == "off":
+        return None, ""
+    if ll.llama_model_is_recurrent(model.handle) or ll.llama_model_is_hybrid(model.handle):
+        log.info("speculation.off", reason="the model's state cannot go back behind a token")
+        return None, ""
+    drafter, refusal = None, ""
+    if config.draft and config.speculation == "auto":
+        try:
+            drafter = _drafter(config, model, context, calibration, tell)
+        except (LoadError, Unpaired) as error:
+            refusal = f"{Path(config.draft).name} cannot draft for {config.model}: {error}"
+            log.warning("draft.refused", draft=config.draft, reason=str(error))
+    speculator = Speculator(
+        StepCost(calibration.step_seconds),
+        drafter=drafter,
+        memory=Memory(config.ngram_memory) if config.ngram_memory else None,
+        most_rows=config.step_tokens,
+    )
+    return speculator, refusal
+
+
+def _drafter(
+    config: EngineConfig,
+    target: Model,
+    context: Context,
+    calibration: Calibration,
+    tell: Callable[[float], None],
+) -> Drafter:
+    """Load the draft model and check that it fits.
+
+    Raises:
+        LoadError: llama.cpp cannot load it, or there is no memory.
+        Unpaired: it is not of the target's vocabulary.
+    """
+    model = Model(config.draft, gpu_layers=config.gpu_layers, on_progress=tell)
+    try:
+        check_pair(target, model)
+        own = Context(
+            model,
+            slots=context.slots,
+            context=context.context,
+            step_tokens=config.step_tokens,
+            threads=calibration.threads,
+            prefill_threads=calibration.prefill_threads,
+        )
+    except (LoadError, Unpaired):
+        model.close()
+        raise
+    # The draft computes with the target's threads, and is measured with them.
+    measured = msgspec.structs.replace(
+        config,
+        path=config.draft,
+        threads=calibration.threads,
+        prefill_threads=calibration.prefill_threads,
+    )
+    cost = StepCost(calibrated(model, own, measured).calibration.step_seconds)
+    return Drafter(
+        own,
+        cost,
+        step_tokens=config.step_tokens,
+        vocabulary=min(model.vocab_size, target.vocab_size),
+    )

@@ -1,0 +1,409 @@
+"""Drafts for the sequences of a step, and what is learnt from how they fared.
+
+Per sequence an n-gram lookup and chances of its own; for all of them the chances by how long a
+match was and by how sure the draft model was, the costs, and the accounts.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+from worker.engine.slots import Placement, Slot
+from worker.engine.speculation.account import Account, Outcome
+from worker.engine.speculation.control import (
+    MOST_ROWS,
+    Chance,
+    Plan,
+    Prospect,
+    Shares,
+    best_plan,
+    drafting_plan,
+)
+from worker.engine.speculation.costs import StepCost
+from worker.engine.speculation.drafter import Drafter, Guesser
+from worker.engine.speculation.memory import Memory
+from worker.engine.speculation.ngram import Lookup, Proposal
+
+__all__ = ("Candidate", "Counters", "Drafting", "Speculator")
+
+Kind = Literal["draft", "ngram"]
+
+_MATCH_PRIORS = ((3, 0.35), (4, 0.5), (6, 0.65), (9, 0.8), (12, 0.9), (24, 0.97))
+"""Least length of a match, and the chance at first that its next token is right."""
+
+_CONFIDENCE_PRIORS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.97)
+"""Chance at first that a draft token is right, by eighths of how sure the draft is of it."""
+
+_SHARES_PRIOR = (0.01, 0.01, 0.02, 0.02, 0.02, 0.03, 0.04, 0.85)
+"""How often, at first, a draft token is of each eighth: hopeful, so that it is tried."""
+_RELAXED = 0.01
+"""Share of the way back to what is usual that a sequence's chances move in a step without drafts:
+text changes, and after some 100 tokens it is worth another try."""
+
+_HORIZON = 256
+"""Tokens over which the time is spread, at most, that a lagging draft model takes to catch up."""
+
+_PLAIN_EVERY = 128
+"""Steps that speculate after which one does not, so that what it is compared with is measured."""
+
+_RECONSIDERED = 32
+"""Steps after which it is asked again whether so many sequences can gain at all."""
+
+POSITIONS = 16
+"""Positions in a draft that are counted apart; the last takes all beyond."""
+
+
+class Drafting:
+    """What speculation knows of one sequence."""
+
+    __slots__ = ("lookup", "matches", "proposal", "shares")
+
+    def __init__(self, lookup: Lookup, shares: Sequence[float]) -> None:
+        self.lookup = lookup
+        self.shares = Shares(shares)
+        self.matches = Chance(0.5, weight=0.5, memory=0.96)
+        self.proposal: Proposal | None = None
+
+
+class Candidate(NamedTuple):
+    """A sequence that decodes one token in this step."""
+
+    drafting: Drafting
+    slot: Slot
+    room: int
+    """Draft tokens that may follow: what its limit and its context leave."""
+    guesser: Callable[[], Guesser]
+    """For the draft model, if the sequence is drafted for."""
+    allowed: Callable[[Sequence[int]], int]
+    """How many tokens of a proposal its constraint lets follow."""
+
+
+class Counters:
+    """What was drafted and accepted since the start, by position in the draft."""
+
+    def __init__(self) -> None:
+        self.drafted = [0] * POSITIONS
+        self.accepted = [0] * POSITIONS
+        self.earned = 0.0
+        self.spent = 0.0
+
+    def count(self, drafted: int, accepted: int) -> None:
+        """Count one sequence's draft."""
+        last = POSITIONS - 1
+        for position in range(drafted):
+            self.drafted[min(position, last)] += 1
+        for position in range(accepted):
+            self.accepted[min(position, last)] += 1
+
+    @property
+    def gain(self) -> float:
+        """Seconds that what came while speculating would have taken without, over those it took."""
+        return round(self.earned / self.spent, 3) if self.spent else 1.0
+
+    @staticmethod
+    def trimmed(counts: Sequence[int]) -> tuple[int, ...]:
+        """Without the positions that no draft reached."""
+        reached = max((i + 1 for i, count in enumerate(counts) if count), default=0)
+        return tuple(counts[:reached])
+
+
+class _Step(NamedTuple):
+    """What was drafted for a step."""
+
+    kind: Kind
+    sources: tuple[Kind | None, ...]
+    """By candidate."""
+    drafts: tuple[list[int], ...]
+    real: tuple[int, ...]
+    """Tokens of each draft that are no padding."""
+    sure: tuple[list[float], ...]
+    """How sure the draft was of each token."""
+    seconds: Callable[[], float]
+
+
+class Speculator:
+    """Asked once a step; `propose`, then `verified` for each candidate, then `finished`."""
+
+    def __init__(
+        self,
+        target: StepCost,
+        *,
+        drafter: Drafter | None,
+        memory: Memory | None,
+        most_rows: int,
+    ) -> None:
+        self.target = target
+        self.drafter = drafter
+        self.memory = memory
+        self.counters = Counters()
+        self._most_rows = most_rows
+        self._matches = [Chance(prior, weight=8.0, memory=0.99) for _, prior in _MATCH_PRIORS]
+        self._confidence = [Chance(prior, weight=8.0, memory=0.995) for prior in _CONFIDENCE_PRIORS]
+        self._shares = Shares(_SHARES_PRIOR, weight=32.0, memory=0.995)
+        self._accounts: dict[tuple[Kind, int], Account] = {}
+        self._streak = 0
+        self._step: _Step | None = None
+        self._candidates: Sequence[Candidate] = ()
+        self._hopeless: dict[int, int] = {}
+        """By number of sequences: steps for which it is not asked again."""
+
+    # sequences
+
+    def begin(self, prompt: Sequence[int], owner: str) -> Drafting:
+        """A sequence starts."""
+        # Half of what is usual and half of a hope: texts differ, and a few drafts tell.
+        usual = zip(self._shares.shares, _SHARES_PRIOR, strict=True)
+        return Drafting(Lookup(prompt, self.memory, owner), [(a + b) / 2 for a, b in usual])
+
+    def took(self, placement: Placement) -> None:
+        """A slot has been given to a sequence."""
+        if self.drafter is not None:
+            self.drafter.took(placement.slot, placement.source, placement.reuse)
+
+    def swapped(self, left: int, right: int) -> None:
+        """Two slots have exchanged what they hold."""
+        if self.drafter is not None:
+            self.drafter.swapped(left, right)
+
+    def remember(self, owner: str, tokens: Sequence[int], prompt_size: int) -> None:
+        """A sequence has retired."""
+        if self.memory is not None:
+            self.memory.remember(owner, tokens, prompt_size)
+
+    # a step
+
+    def propose(
+        self, candidates: Sequence[Candidate], clock: Callable[[], float]
+    ) -> Sequence[list[int]]:
+        """Draft tokens for each candidate; all empty: a step without speculation is faster.
+
+        All that are not empty have one length, of which the end may be padding. `clock` tells
+        seconds.
+        """
+        self._step = None
+        count = len(candidates)
+        if self._streak >= _PLAIN_EVERY:
+            self._streak = 0
+            return self._none(candidates)
+        if self._is_hopeless(count):
+            return self._none(candidates)
+        began = clock()
+        found = self._look_up(candidates)
+        rows = self._most_rows
+        plan, drafted = Plan(0, False, 0.0, 1.0), list[int]()
+        kind: Kind = "ngram"
+        if any(p.most for p in found) and self._account("ngram", count).is_open():
+            plan = best_plan(found, self.target.seconds, most_rows=rows)
+        if self.drafter is not None and self._account("draft", count).is_open():
+            other, by_model = self._model_plan(self.drafter, candidates, found)
+            if other.length and by_model and other.rate > plan.rate:
+                plan, kind, drafted = other, "draft", by_model
+        if not plan.length:
+            return self._none(candidates)
+        return self._make(candidates, plan, kind, found, drafted, lambda: clock() - began)
+
+    def verified(self, index: int, accepted: int, ended: bool, cached: int) -> int:
+        """Candidate `index` had so many draft tokens accepted; `cached` tokens of its slot stand.
+
+        `ended`: the sequence is over, and tells nothing of the token after. Returns how many
+        tokens had been drafted for it.
+        """
+        step = self._step
+        if step is None:
+            return 0
+        real = step.real[index]
+        source = step.sources[index]
+        if source == "draft" and self.drafter is not None:
+            self.drafter.accepted(self._candidates[index].slot.index, cached)
+        if not real:
+            return 0
+        hits = min(accepted, real)
+        misses = 0 if hits == real or ended else 1
+        drafting = self._candidates[index].drafting
+        if source == "draft":
+            for position in range(hits + misses):
+                bucket = self._confidence[_eighth(step.sure[index][position])]
+                bucket.observe(int(position < hits), int(position >= hits))
+        elif drafting.proposal is not None:
+            drafting.matches.observe(hits, misses)
+            match = drafting.proposal.match
+            self._matches[_bucket(match)].observe(hits, misses)
+        self.counters.count(real, hits)
+        return real
+
+    def finished(self, tokens: int, target_seconds: float, rows: int) -> None:
+        """The step is over: it brought so many tokens, with a target call of so many rows."""
+        step = self._step
+        if step is None:
+            self.target.measured(rows, target_seconds)
+            return
+        count = len(step.drafts)
+        drafted = sum(1 for draft in step.drafts if draft)
+        if drafted == count:
+            self.target.measured(rows, target_seconds)
+        self._streak += 1
+        outcome = Outcome(tokens * self.target.seconds(count) / count, step.seconds())
+        self._account(step.kind, count).book(outcome)
+        self.counters.earned += outcome.earned
+        self.counters.spent += outcome.spent
+        self._step = None
+
+    # parts of a step
+
+    def _none(self, candidates: Sequence[Candidate]) -> Sequence[list[int]]:
+        for candidate in candidates:
+            candidate.drafting.matches.relax(0.5, _RELAXED)
+            candidate.drafting.shares.relax(_SHARES_PRIOR, _RELAXED)
+        return [[] for _ in candidates]
+
+    def _look_up(self, candidates: Sequence[Candidate]) -> list[Prospect]:
+        prospects = []
+        for candidate in candidates:
+            drafting = candidate.drafting
+            most = min(candidate.room, MOST_ROWS - 1)
+            proposal = drafting.proposal = drafting.lookup.propose(most)
+            if proposal is None:
+                prospects.append(Prospect(0.0, 0))
+                continue
+            usual = self._matches[_bucket(proposal.match)].mean
+            chance = drafting.matches.blended(usual, 4.0)
+            prospects.append(Prospect(chance, len(proposal.tokens)))
+        return prospects
+
+    def _model_plan(
+        self, drafter: Drafter, candidates: Sequence[Candidate], found: Sequence[Prospect]
+    ) -> tuple[Plan, list[int]]:
+        """What the draft model promises, and for which candidates: for those where it knows more
+        than the lookup.
+        """
+        count = len(candidates)
+        chances = [chance.mean for chance in self._confidence]
+        most = min(POSITIONS, self._most_rows // count - 1, *(c.room for c in candidates))
+        drafted, total, overhead = [], [0.0] * len(chances), 0.0
+        for i, (candidate, known) in enumerate(zip(candidates, found, strict=True)):
+            shares = candidate.drafting.shares.shares
+            right = sum(share * chance for share, chance in zip(shares, chances, strict=True))
+            if known.most > 1 and known.chance >= right:
+                continue
+            drafted.append(i)
+            total = [sum(pair) for pair in zip(total, shares, strict=True)]
+            lag = max(0, drafter.lag(candidate.slot) - 1)
+            overhead += lag * drafter.cost.seconds(64) / 64 / min(_HORIZON, 1 + candidate.room)
+        if not drafted or most < 1:
+            return Plan(0, True, 0.0, 1.0), []
+        plan = drafting_plan(
+            count,
+            [share / len(drafted) for share in total],
+            chances,
+            self.target.seconds,
+            drafter.cost.seconds,
+            most=most,
+            overhead=overhead,
+        )
+        return plan, drafted
+
+    def _make(
+        self,
+        candidates: Sequence[Candidate],
+        plan: Plan,
+        kind: Kind,
+        found: Sequence[Prospect],
+        drafted: Sequence[int],
+        seconds: Callable[[], float],
+    ) -> Sequence[list[int]]:
+        drafts: list[list[int]] = [[] for _ in candidates]
+        sources: list[Kind | None] = [None] * len(candidates)
+        sure: list[list[float]] = [[] for _ in candidates]
+        length = plan.length
+        if drafted and self.drafter is not None:
+            if not self.drafter.catch_up([candidates[i].slot for i in drafted]):
+                # It goes on in the next step; a draft model that lags is of no use yet.
+                return self._none(candidates)
+            made, confidences = self._draft(self.drafter, [candidates[i] for i in drafted], plan)
+            for i, tokens, sureness in zip(drafted, made, confidences, strict=True):
+                drafts[i], sure[i], sources[i] = tokens, sureness, "draft"
+            length = len(made[0])
+        for i, candidate in enumerate(candidates):
+            proposal = candidate.drafting.proposal
+            if sources[i] is None and found[i].most and proposal is not None:
+                tokens_found = proposal.tokens[:length]
+                drafts[i] = list(tokens_found[: candidate.allowed(tokens_found)])
+                sources[i] = "ngram"
+        real = tuple(map(len, drafts))
+        length = max(real)
+        if length:
+            for i, candidate in enumerate(candidates):
+                if drafts[i] or plan.padded:
+                    drafts[i] += candidate.slot.tokens[-1:] * (length - len(drafts[i]))
+        self._candidates = candidates
+        self._step = _Step(kind, tuple(sources), tuple(drafts), real, tuple(sure), seconds)
+        return drafts
+
+    def _draft(
+        self, drafter: Drafter, candidates: Sequence[Candidate], plan: Plan
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Draft while the next token is worth its time; what is not worth its row is dropped.
+
+        A ratio of tokens to seconds is greatest where the last token still brought at least that
+        ratio (Dinkelbach, On Nonlinear Fractional Programming, 1967).
+        """
+        count = len(candidates)
+        reach = [1.0] * count
+        chances = [chance.mean for chance in self._confidence]
+        means = [
+            sum(
+                share * chance
+                for share, chance in zip(c.drafting.shares.shares, chances, strict=True)
+            )
+            for c in candidates
+        ]
+        draft_seconds = drafter.cost.seconds(count)
+        made = kept = 0
+
+        def goes_on(sure: Sequence[float]) -> bool:
+            nonlocal made, kept
+            made += 1
+            for i, confidence in enumerate(sure):
+                eighth = _eighth(confidence)
+                reach[i] *= chances[eighth]
+                candidates[i].drafting.shares.observe(eighth)
+                self._shares.observe(eighth)
+            rows = count * made
+            before, now, after = map(self.target.seconds, (rows, rows + count, rows + 2 * count))
+            if sum(reach) < plan.rate * (now - before):
+                return False
+            kept = made
+            hope = sum(r * mean for r, mean in zip(reach, means, strict=True))
+            return hope >= plan.rate * (draft_seconds + after - now)
+
+        most = min(POSITIONS, self._most_rows // count - 1, *(c.room for c in candidates))
+        drafts, confidences = drafter.draft(
+            [c.slot for c in candidates], [c.guesser() for c in candidates], most, goes_on
+        )
+        return [draft[:kept] for draft in drafts], [sure[:kept] for sure in confidences]
+
+    def _is_hopeless(self, count: int) -> bool:
+        """With so many sequences even sure drafts would bring nothing."""
+        left = self._hopeless.get(count, 0)
+        if left:
+            self._hopeless[count] = left - 1
+            return True
+        sure = [Prospect(0.97, MOST_ROWS - 1)] * count
+        if best_plan(sure, self.target.seconds, most_rows=self._most_rows).length:
+            return False
+        self._hopeless[count] = _RECONSIDERED
+        return True
+
+    def _account(self, kind: Kind, count: int) -> Account:
+        key = (kind, count)
+        account = self._accounts.get(key)
+        if account is None:
+            account = self._accounts[key] = Account()
+        return account
+
+
+def _bucket(match: int) -> int:
+    return max(0, sum(1 for least, _ in _MATCH_PRIORS if match >= least) - 1)
+
+
+def _eighth(confidence: float) -> int:
+    return min(7, int(confidence * 8))
