@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from worker.engine.slots import Slot, Slots, common_prefix, hole
+from worker.engine.slots import LEAST_COPY, Slot, Slots, common_prefix, hole
 
 tokens = st.lists(st.integers(0, 3), max_size=80)
 
@@ -16,6 +16,35 @@ def test_common_prefix_is_the_longest_within_its_limit(left, right, limit):
     assert size <= limit
     assert left[:size] == right[:size]
     assert size == min(len(left), len(right), limit) or left[size] != right[size]
+
+
+@given(st.lists(tokens, min_size=1, max_size=4), tokens.filter(bool))
+def test_what_is_displaced_is_nowhere_else(held, prompt):
+    slots = Slots(len(held))
+    for slot, there in zip(slots.all, held, strict=True):
+        slot.tokens, slot.cached = there, len(there)
+    placement = slots.place(prompt)
+
+    displaced = slots.displaced(placement, prompt)
+
+    there = held[placement.slot]
+    after = [prompt, *(other for i, other in enumerate(held) if i != placement.slot)]
+    lost = len(there) - max(common_prefix(there, other, len(there)) for other in after)
+    assert displaced == (there if lost >= LEAST_COPY else [])
+
+
+def test_a_conversation_that_goes_on_displaces_nothing():
+    slots = Slots(2)
+    turn = list(range(100))
+    slot = slots.take(slots.place(turn), turn)
+    slot.cached = 100
+    slots.release(slot)
+    other = slots.all[1 - slot.index]
+    other.tokens, other.cached = list(range(500, 600)), 100
+    longer, new = [*turn, 7, 8, 9], [9] * 50
+
+    assert slots.displaced(slots.place(longer), longer) == []
+    assert slots.displaced(slots.place(new), new) == other.tokens
 
 
 @given(st.sets(st.integers(0, 31)))

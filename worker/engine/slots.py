@@ -118,6 +118,23 @@ class Slots:
         # the longest reuse in place, else the slot whose tokens were not used for longest
         return min(idle, key=lambda slot: (-computed[slot.index], slot.used, slot.index))
 
+    def displaced(self, placement: Placement, prompt: list[int]) -> list[int]:
+        """The computed tokens in the placement's slot if they would be lost with `take`, else none.
+
+        They are not lost where the prompt, or what another slot holds, begins with nearly all of
+        them. To be asked before anything is copied into the slot.
+        """
+        slot = self.all[placement.slot]
+        held = slot.tokens[: slot.cached]
+        size = len(held)
+        others = (other for other in self.all if other is not slot)
+        kept = max(
+            common_prefix(held, prompt, size),
+            *(common_prefix(held, other.tokens, other.cached) for other in others),
+            0,
+        )
+        return held if size - kept >= LEAST_COPY else []
+
     def take(self, placement: Placement, prompt: list[int]) -> Slot:
         """Mark the slot busy with the prompt, of which `placement.reuse` tokens are computed."""
         slot = self.all[placement.slot]
