@@ -1,0 +1,143 @@
+"""Calibrations are kept in the user's cache folder, one file for each model file and machine.
+
+`MESH_CACHE_DIR` names another folder, and `MESH_CALIBRATE=off` does without measurements. A cached
+calibration holds until something of its key changes; `mesh worker calibrate --fresh` replaces it.
+"""
+
+import hashlib
+import os
+import platform
+import tempfile
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from worker.engine.calibration import Asked, Calibration
+
+__all__ = ("CacheKey", "cache_folder", "cache_key", "load", "store", "switched_off")
+
+FORMAT = 1
+"""To be raised when a calibration is measured in another way than before."""
+
+_CPUINFO = Path("/proc/cpuinfo")
+
+log = structlog.get_logger()
+
+
+class CacheKey(msgspec.Struct, frozen=True):
+    """Everything that a step's cost depends on, as far as it can be named."""
+
+    file: str
+    size: int
+    modified: int
+    """Nanoseconds, as the file system tells them."""
+    cpu: str
+    host_cores: int
+    asked: Asked
+    gpu_layers: int
+    step_tokens: int
+    poll: int
+    llama: str
+    """Version of llama-cpp-python."""
+    format: int = FORMAT
+
+
+class _Record(msgspec.Struct, frozen=True):
+    key: CacheKey
+    calibration: Calibration
+
+
+_decoder = msgspec.json.Decoder(_Record)
+
+
+def switched_off() -> bool:
+    """Whether `MESH_CALIBRATE` says off."""
+    return os.environ.get("MESH_CALIBRATE", "").strip().lower() in ("off", "0", "no", "false")
+
+
+def cache_folder() -> Path:
+    """Where calibrations are kept: `MESH_CACHE_DIR`, else `mesh` in the user's cache folder."""
+    named = os.environ.get("MESH_CACHE_DIR", "")
+    user = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(named) if named else (Path(user) if user else Path("~/.cache")) / "mesh"
+    # Without a home, as some services are run, there is no `~`.
+    with suppress(RuntimeError):
+        folder = folder.expanduser()
+    return folder / "calibration"
+
+
+def cache_key(
+    model: Path, asked: Asked, *, gpu_layers: int, step_tokens: int, poll: int
+) -> CacheKey:
+    """The key of a model file on this machine.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    found = model.stat()
+    return CacheKey(
+        file=model.name,
+        size=found.st_size,
+        modified=found.st_mtime_ns,
+        cpu=_cpu_name(),
+        host_cores=os.cpu_count() or 1,
+        asked=asked,
+        gpu_layers=gpu_layers,
+        step_tokens=step_tokens,
+        poll=poll,
+        llama=version("llama-cpp-python"),
+    )
+
+
+def load(key: CacheKey, folder: Path) -> Calibration | None:
+    """What is kept under this key; None if nothing is, or a file that cannot be used."""
+    path = _path(key, folder)
+    try:
+        record = _decoder.decode(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        log.warning("calibration.unreadable", path=str(path), reason=str(error))
+        return None
+    if record.key != key:  # copied by hand
+        log.warning("calibration.unreadable", path=str(path), reason="it is of something else")
+        return None
+    return record.calibration
+
+
+def store(key: CacheKey, calibration: Calibration, folder: Path) -> None:
+    """Keep a calibration. A folder that cannot be written is told to the log: all goes on without.
+
+    The file appears complete or not at all, whoever else writes it at the same time.
+    """
+    path = _path(key, folder)
+    data = msgspec.json.format(msgspec.json.encode(_Record(key, calibration)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".partial", delete=False) as partial:
+            try:
+                partial.write(data)
+                partial.close()
+                Path(partial.name).replace(path)
+            except OSError:
+                Path(partial.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        log.warning("calibration.not_kept", path=str(path), reason=error.strerror or str(error))
+
+
+def _path(key: CacheKey, folder: Path) -> Path:
+    return folder / f"{hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:32]}.json"
+
+
+def _cpu_name() -> str:
+    """The CPU's own name; without one, that of its architecture."""
+    with suppress(OSError):
+        for line in _CPUINFO.read_text(errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
