@@ -21,6 +21,7 @@ from mesh.errors import CommandError
 from mesh.fleet import Snapshot
 from mesh.parts import Speculation, UpSettings, identities
 from mesh.running import default_data_dir, find
+from mesh.worker_commands import app as worker_app
 from shared import __version__
 from shared.command_line import run_command, run_tokens, settings_from_file
 
@@ -127,6 +128,7 @@ def status(*, nats: _Text = "", data_dir: _DataDir = None, as_json: _Json = Fals
 
 models = App(name="models", help="Show the models, or write one in another format.")
 app.command(models)
+app.command(worker_app)
 
 
 @models.default
