@@ -31,7 +31,8 @@ def status_view(snapshot: Snapshot, *, now: float | None = None) -> RenderableTy
         _workers(snapshot.workers, moment),
         _loads(snapshot.workers),
     )
-    return Group(*(part for table in tables for part in (table, Text(""))))
+    parts: list[RenderableType] = [part for table in tables for part in (table, Text(""))]
+    return Group(*parts, *_advice(snapshot.workers))
 
 
 def models_table(models: tuple[ModelView, ...]) -> Table:
@@ -102,6 +103,17 @@ def _loads(workers: tuple[Beat, ...]) -> Table:
                 _part(model.cached_tokens, model.prompt_tokens),
             )
     return table
+
+
+def _advice(workers: tuple[Beat, ...]) -> list[Text]:
+    """What workers advise of models they serve, each advice once."""
+    told = {
+        f"{model.name}: {model.detail}": worker.worker
+        for worker in reversed(workers)
+        for model in worker.models
+        if model.state == "ready" and model.detail
+    }
+    return [Text(f"! {worker}: {line}\n") for line, worker in reversed(told.items())]
 
 
 def _part(count: int, of: int) -> str:

@@ -332,7 +332,7 @@ class ModelState(msgspec.Struct, frozen=True, omit_defaults=True):
     created: int = 0
     """Unix time of the file."""
     detail: str = ""
-    """Progress while loading, the reason when failed."""
+    """Progress while loading, the reason when failed, advice when ready."""
     drafted: int = 0
     accepted: int = 0
     cached_tokens: int = 0

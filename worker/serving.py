@@ -202,6 +202,7 @@ class Serving:
         """The model as beats tell of it, once under each of its names."""
         admission, header, stats = self._admission, self._header, self._stats
         ready = self._can_serve and self._doors.open
+        advice = self._ready.advice if self._ready else ""
         state = ModelState(
             name=self.name,
             state=(
@@ -223,7 +224,7 @@ class Serving:
             embeddings=self._ready.embeddings if self._ready else True,
             size=header.size if header else 0,
             created=header.modified if header else 0,
-            detail=self.failure or ("" if ready else self._detail),
+            detail=self.failure or (advice if ready else self._detail),
             drafted=stats.drafted,
             accepted=stats.accepted,
             cached_tokens=stats.cached_tokens,
