@@ -22,7 +22,8 @@ from worker.engine.outbox import Outbox
 from worker.engine.scheduler import Pace, plan
 from worker.engine.sequence import Job, NoTokenLeft, Sequence
 from worker.engine.slots import Placement, Slots, hole
-from worker.engine.speculation.speculator import Candidate, Speculator
+from worker.engine.speculation.candidates import Candidate
+from worker.engine.speculation.speculator import Speculator
 from worker.link import CancelAttempts, EngineStats, Stop
 
 __all__ = ("Loop",)

@@ -31,7 +31,7 @@ from worker.engine.sampling import (
     most_likely,
 )
 from worker.engine.slots import Slot
-from worker.engine.speculation.speculator import Drafting
+from worker.engine.speculation.candidates import Drafting
 from worker.engine.text import TextAssembler
 from worker.engine.tools import ReasoningParser, ToolParser
 

@@ -7,8 +7,9 @@ match was and by how sure the draft model was, the costs, and the accounts.
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from worker.engine.slots import Placement, Slot
+from worker.engine.slots import Placement
 from worker.engine.speculation.account import Account, Outcome
+from worker.engine.speculation.candidates import POSITIONS, Candidate, Counters, Drafting
 from worker.engine.speculation.control import (
     MOST_ROWS,
     Chance,
@@ -19,11 +20,11 @@ from worker.engine.speculation.control import (
     drafting_plan,
 )
 from worker.engine.speculation.costs import StepCost
-from worker.engine.speculation.drafter import Drafter, Guesser
+from worker.engine.speculation.drafter import Drafter
 from worker.engine.speculation.memory import Memory
-from worker.engine.speculation.ngram import Lookup, Proposal
+from worker.engine.speculation.ngram import Lookup
 
-__all__ = ("Candidate", "Counters", "Drafting", "Speculator")
+__all__ = ("Speculator",)
 
 Kind = Literal["draft", "ngram"]
 
@@ -47,63 +48,6 @@ _PLAIN_EVERY = 128
 
 _RECONSIDERED = 32
 """Steps after which it is asked again whether so many sequences can gain at all."""
-
-POSITIONS = 16
-"""Positions in a draft that are counted apart; the last takes all beyond."""
-
-
-class Drafting:
-    """What speculation knows of one sequence."""
-
-    __slots__ = ("lookup", "matches", "proposal", "shares")
-
-    def __init__(self, lookup: Lookup, shares: Sequence[float]) -> None:
-        self.lookup = lookup
-        self.shares = Shares(shares)
-        self.matches = Chance(0.5, weight=0.5, memory=0.96)
-        self.proposal: Proposal | None = None
-
-
-class Candidate(NamedTuple):
-    """A sequence that decodes one token in this step."""
-
-    drafting: Drafting
-    slot: Slot
-    room: int
-    """Draft tokens that may follow: what its limit and its context leave."""
-    guesser: Callable[[], Guesser]
-    """For the draft model, if the sequence is drafted for."""
-    allowed: Callable[[Sequence[int]], int]
-    """How many tokens of a proposal its constraint lets follow."""
-
-
-class Counters:
-    """What was drafted and accepted since the start, by position in the draft."""
-
-    def __init__(self) -> None:
-        self.drafted = [0] * POSITIONS
-        self.accepted = [0] * POSITIONS
-        self.earned = 0.0
-        self.spent = 0.0
-
-    def count(self, drafted: int, accepted: int) -> None:
-        """Count one sequence's draft."""
-        last = POSITIONS - 1
-        for position in range(drafted):
-            self.drafted[min(position, last)] += 1
-        for position in range(accepted):
-            self.accepted[min(position, last)] += 1
-
-    @property
-    def gain(self) -> float:
-        """Seconds that what came while speculating would have taken without, over those it took."""
-        return round(self.earned / self.spent, 3) if self.spent else 1.0
-
-    @staticmethod
-    def trimmed(counts: Sequence[int]) -> tuple[int, ...]:
-        """Without the positions that no draft reached."""
-        reached = max((i + 1 for i, count in enumerate(counts) if count), default=0)
-        return tuple(counts[:reached])
 
 
 class _Step(NamedTuple):
