@@ -63,6 +63,7 @@ def serve(
     ctx: _NotNegative = 0,
     gpu_layers: Annotated[int | None, Parameter(validator=Number(gte=-1))] = None,
     speculation: Speculation = "auto",
+    prefix_memory: str = "512MiB",
     queue: _NotNegative = 64,
     grace: Annotated[float, Parameter(validator=Number(gte=0))] = 30.0,
     name: _Text = "",
@@ -91,6 +92,9 @@ def serve(
         Tokens of context for one sequence; 0 takes what the model was trained with, at most 4096.
     gpu_layers
         Layers on the GPU, -1 for all. Without it, all if there is a GPU.
+    prefix_memory
+        Host memory per model for the KV of conversations whose slots were needed by others, so
+        that they go on without being computed again; 0 keeps none.
     speculation
         Drafting tokens ahead: auto with a draft model, where there is one, and n-gram lookup;
         ngram with lookup alone; off.
@@ -109,7 +113,7 @@ def serve(
     settings = AgentSettings(
         url=nats,
         identity=identity("worker", nats, name),
-        memory=_size(memory),
+        memory=_size(memory, "--memory"),
         grace=grace,
         serving=ServingSettings(
             slots=slots,
@@ -118,6 +122,7 @@ def serve(
             threads=threads,
             gpu_layers=_gpu_layers(gpu_layers),
             speculation=speculation,
+            prefix_memory=_size(prefix_memory, "--prefix-memory"),
             cache=cache,
             command=tuple(shlex.split(engine_command)) or ENGINE_COMMAND,
         ),
@@ -156,13 +161,13 @@ async def _run(settings: AgentSettings, sources: Sequence[ModelSource]) -> None:
     await agent.run()
 
 
-def _size(text: str) -> int:
-    if not text:
+def _size(text: str, flag: str) -> int:
+    if text in ("", "0"):
         return 0
     try:
         return parse_size(text)
     except ValueError as error:
-        raise Refused(f"--memory: {error}") from None
+        raise Refused(f"{flag}: {error}") from None
 
 
 def _gpu_layers(asked: int | None) -> int:

@@ -96,7 +96,8 @@ class Header(msgspec.Struct, frozen=True):
     key_length: int
     value_length: int
     kv_bytes_per_token: int
-    """With 16-bit keys and values, all layers together; an upper bound where a window slides."""
+    """With 16-bit keys and values (32-bit ones where the weights are), all layers together; an
+    upper bound where a window slides."""
     vocabulary: int
     experts: int
     chat_template: bool
@@ -171,6 +172,7 @@ def read_header(path: Path) -> Header:
     value_length = number("attention.value_length", usual)
     heads_kv = _per_layer(values.get(f"{architecture}.attention.head_count_kv", heads), layers)
     tokens = values.get("tokenizer.ggml.tokens")
+    element = 4 if values.get("general.file_type") == 0 else 2
     return Header(
         path=str(path),
         architecture=architecture,
@@ -189,7 +191,7 @@ def read_header(path: Path) -> Header:
         head_counts_kv=heads_kv,
         key_length=key_length,
         value_length=value_length,
-        kv_bytes_per_token=2 * sum(heads_kv) * (key_length + value_length),
+        kv_bytes_per_token=element * sum(heads_kv) * (key_length + value_length),
         vocabulary=tokens.count if isinstance(tokens, _Length) else number("vocab_size"),
         experts=number("expert_count"),
         chat_template="tokenizer.chat_template" in values,

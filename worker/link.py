@@ -62,7 +62,7 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config"):
     speculation: Literal["auto", "ngram", "off"] = "auto"
     """`auto`: draft model and n-gram lookup; `ngram`: lookup alone."""
     ngram_memory: int = 1 << 20
-    """Tokens kept across requests for n-gram lookup; 0: only a request's own tokens are searched."""
+    """Tokens kept across requests for n-gram lookup; 0: only a request's own are searched."""
     prefix_memory: int = 0
     """Bytes of host memory for the KV of retired sequences whose slots were needed; 0: none."""
 

@@ -45,6 +45,8 @@ class ServingSettings(msgspec.Struct, frozen=True):
     gpu_layers: int = 0
     """Negative: all."""
     speculation: Speculation = "auto"
+    prefix_memory: int = 512 << 20
+    """Bytes per model for the KV of retired sequences whose slots were needed; 0: none."""
     cache: Path | None = None
     """Folder for downloads; None: huggingface_hub's own."""
     command: Sequence[str] = ENGINE_COMMAND
@@ -90,17 +92,22 @@ async def prepare(
     slots = options.slots or settings.slots
     asked = options.context or settings.context
     context = asked or min(header.context_length or USUAL_CONTEXT, USUAL_CONTEXT)
+    # Beyond the estimate, so that what the engine adds does not cost it KV cells.
+    wish = estimate_memory(header, cells=slots * context) * 5 // 4
     try:
         granted = budget.claim(
             least=estimate_memory(header, cells=asked or min(context, LEAST_CELLS)),
-            # Beyond the estimate, so that what the engine adds does not cost it KV cells.
-            wish=estimate_memory(header, cells=slots * context) * 5 // 4,
+            wish=wish + settings.prefix_memory,
             draft=estimate_memory(draft, cells=slots * context) if draft else 0,
         )
     except NotEnoughMemory as error:
         raise NotEnoughMemory(f"{path.name}: {error}") from None
     if draft is not None:
         _tell_draft(source, draft, granted.draft)
+    prefix_memory = settings.prefix_memory
+    if granted.model:
+        # Prefixes get what is left when all else has what it wishes.
+        prefix_memory = max(0, min(prefix_memory, granted.model - wish))
     gpu_layers = settings.gpu_layers if options.gpu_layers is None else options.gpu_layers
     config = EngineConfig(
         path=str(path),
@@ -111,7 +118,8 @@ async def prepare(
         threads=options.threads or settings.threads,
         gpu_layers=ALL_LAYERS if gpu_layers < 0 else gpu_layers,
         step_tokens=options.step_tokens or 512,
-        memory_limit=granted.model,
+        memory_limit=granted.model - prefix_memory if granted.model else 0,
+        prefix_memory=prefix_memory,
         chat_template=options.chat_template,
         embeddings=options.embeddings,
         draft=draft.path if draft is not None and granted.draft else "",

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.engine.scheduler import LEAST_PREFILL, Pace, plan
+from worker.engine.scheduler import LEAST_PREFILL, OLDEST_SHARE, Pace, plan
 
 remaining = st.lists(st.integers(1, 5000), min_size=1, max_size=40)
 
@@ -81,3 +81,18 @@ def test_where_decoding_alone_is_slow_a_prefill_may_lengthen_a_step_by_half():
 
 def test_a_single_last_row_is_not_left_over():
     assert plan([33], 32) == [31]
+
+
+@given(remaining, st.integers(1, 600))
+def test_the_oldest_prefill_gets_its_share(left, budget):
+    rows = plan(left, budget)
+    free = budget - left.count(1)
+    oldest = next((i for i, count in enumerate(left) if count > 1), None)
+
+    if oldest is not None and free > 0:
+        assert rows[oldest] >= min(left[oldest], free * OLDEST_SHARE) - 1
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    assert plan([1, 1, 1500, 20, 1400], 2 + 60) == [1, 1, 40, 20, 0]
+    assert plan([1, 1500, 1400, 30], 1 + 40) == [1, 20, 0, 20]

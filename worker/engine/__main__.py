@@ -93,12 +93,19 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
     _prove(model, context, config.step_tokens)
     calibration = calibrated(model, context, config, tell=calibrating).calibration
     context.set_threads(calibration.threads, calibration.prefill_threads)
-    speculator, refusal = make_speculator(
-        config, model, context, calibration, lambda _: link.sendall(pack(Loading(1.0)))
-    )
+    speculator, refusal = make_speculator(config, model, context, calibration)
     embedder = Embedder(model, config, context.context, calibration.prefill_threads)
     intake = Intake(link, model, config, context.context)
-    loop = Loop(context, embedder, intake, Outbox(link), config.step_tokens, speculator)
+    loop = Loop(
+        context,
+        embedder,
+        intake,
+        Outbox(link),
+        calibration,
+        speculator,
+        step_tokens=config.step_tokens,
+        prefix_memory=config.prefix_memory,
+    )
     advice = advise(config.path, gpu_layers=config.gpu_layers)
     link.sendall(
         pack(

@@ -15,15 +15,18 @@ import structlog
 
 from shared.errors import DeadlineExceeded, MeshError, WorkerFailed
 from shared.protocol import Fail
+from worker.engine.calibration import Calibration
 from worker.engine.embedding import Embedder, EmbedJob
 from worker.engine.intake import Intake, Rejected
 from worker.engine.llama import Batch, Context
 from worker.engine.outbox import Outbox
+from worker.engine.prefixes import Prefixes
 from worker.engine.scheduler import Pace, plan
 from worker.engine.sequence import Job, NoTokenLeft, Sequence
 from worker.engine.slots import Placement, Slots, hole
 from worker.engine.speculation.candidates import Candidate
 from worker.engine.speculation.speculator import Speculator
+from worker.engine.threads import Threads
 from worker.link import CancelAttempts, EngineStats, Stop
 
 __all__ = ("Loop",)
@@ -59,8 +62,11 @@ class Loop:
         embedder: Embedder,
         intake: Intake,
         outbox: Outbox,
+        calibration: Calibration,
+        speculator: Speculator | None,
+        *,
         step_tokens: int,
-        speculator: Speculator | None = None,
+        prefix_memory: int,
     ) -> None:
         self._context = context
         self._batch = Batch(step_tokens)
@@ -70,6 +76,8 @@ class Loop:
         self._outbox = outbox
         self._speculator = speculator
         self._slots = Slots(context.slots)
+        self._prefixes = Prefixes(context, self._slots, prefix_memory)
+        self._threads = Threads(context, calibration, speculator)
         self._pace = Pace(step_tokens)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -176,21 +184,15 @@ class Loop:
         self._waiting.extendleft(reversed(deferred))
 
     def _occupy(self, sequence: Sequence, placement: Placement) -> None:
-        context, job = self._context, sequence.job
-        reuse = placement.reuse
-        if placement.source != placement.slot and not context.copy(
-            placement.source, placement.slot
-        ):
-            reuse = 0
-        if not context.forget(placement.slot, reuse):
-            # recurrent models cannot be cut in the middle
-            context.forget(placement.slot)
-            reuse = 0
+        job = sequence.job
+        reuse = self._prefixes.bring(placement, job.prompt)
+        if self._speculator is not None:
+            # What came from the store, the draft model does not have.
+            known = min(reuse, placement.reuse)
+            self._speculator.took(Placement(placement.slot, placement.source, known))
+            sequence.drafting = self._speculator.begin(job.prompt, job.request.owner)
         placement = Placement(placement.slot, placement.source, reuse)
         sequence.slot = self._slots.take(placement, job.prompt)
-        if self._speculator is not None:
-            self._speculator.took(placement)
-            sequence.drafting = self._speculator.begin(job.prompt, job.request.owner)
         job.start()
         job.cached = max(job.cached, reuse) if sequence.choice == 0 else job.cached
         self._cached_tokens += reuse
@@ -258,11 +260,14 @@ class Loop:
                 sampled.append(_Sampled(sequence, draft, end))
             slot.cached = end
             row = after
+        self._threads.choose(prefill=decoding < len(order))
         began = time.perf_counter()
         code = self._context.decode(batch, row)
         if code != 0:
             raise RuntimeError(f"llama_decode returned {code} for {row} rows")
         seconds = time.perf_counter() - began
+        if decoding == len(order):
+            self._threads.measured(row, seconds)
         if not any(drafts):
             self._pace.measured(decoding, row - decoding, seconds)
         self._steps += 1

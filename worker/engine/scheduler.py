@@ -1,10 +1,11 @@
 """Which tokens go into the next decode call. Pure policy.
 
-Running sequences get one row each, first; what the token budget leaves goes to prefills, oldest
-first. The budget follows the measured speed of prefill, so that a long prompt delays the tokens of
-others, and the handling of a cancellation, by a bounded time.
+Running sequences get one row each, first; what the token budget leaves goes to prefills, half of it
+to the oldest, then to the shortest. The budget follows the measured speed of prefill, so that a
+long prompt delays the tokens of others, and the handling of a cancellation, by a bounded time.
 """
 
+import math
 from collections.abc import Sequence
 
 __all__ = ("Pace", "plan")
@@ -19,6 +20,8 @@ streams a stricter bound would leave a slot idle for a step more, and shorten no
 LEAST_PREFILL = 8
 """Rows of prefill a step may always have. On a CPU that is slow enough to need it, 8 rows together
 take hardly longer a row than 16 (SmolLM2 Q4_0, one thread: 6.0 and 4.8 ms; Q4_1: 9.0 and 9.4)."""
+OLDEST_SHARE = 0.5
+"""Of the prefill rows of a step, what the oldest prefill is sure of."""
 FIRST_PREFILL = 128
 """Rows of the first prefill, from which the speed is learnt."""
 
@@ -64,18 +67,28 @@ def _average(average: float, value: float) -> float:
 def plan(remaining: Sequence[int], budget: int) -> list[int]:
     """Rows for each sequence, given the tokens each has yet to compute, in order of age.
 
-    A sequence with one token left is decoding and always gets its row. The sum is at most
+    A sequence with one token left is decoding and always gets its row. Of what the budget leaves,
+    the oldest prefill gets `OLDEST_SHARE`, so that it gets on whatever comes; then comes the
+    shortest, so that a short prompt does not wait for a long one, then the others by age: each
+    number of rows that occurs costs llama.cpp a pass of its own. The sum is at most
     `max(budget, number of decoding sequences)`.
     """
-    left = budget - sum(1 for count in remaining if count == 1)
-    rows: list[int] = []
-    for count in remaining:
-        if count <= 1:
-            rows.append(count)
-            continue
-        share = max(0, min(count, left))
-        if count - share == 1 and share > 1:
-            share -= 1  # a last row alone would be rounded in another way than several together
-        rows.append(share)
-        left -= share
+    rows = [min(count, 1) for count in remaining]
+    prefills = [i for i, count in enumerate(remaining) if count > 1]
+    left = max(0, budget - sum(1 for count in remaining if count == 1))
+    for i in prefills:
+        rows[i] = 0
+    if not prefills:
+        return rows
+    oldest = prefills[0]
+    rows[oldest] = min(remaining[oldest], math.ceil(left * OLDEST_SHARE))
+    left -= rows[oldest]
+    shortest = min(prefills, key=lambda i: remaining[i])
+    for i in (shortest, *prefills):
+        more = min(remaining[i] - rows[i], left)
+        rows[i] += more
+        left -= more
+    for i in prefills:
+        if remaining[i] - rows[i] == 1 and rows[i] > 1:
+            rows[i] -= 1  # a last row alone would be rounded in another way than several together
     return rows

@@ -45,6 +45,10 @@ class Drafter:
         self._computed = [0] * context.slots
         """`_valid` and the drafts after it that are computed but not yet accepted."""
 
+    def set_threads(self, decode: int, prefill: int) -> None:
+        """As `Context.set_threads`."""
+        self._context.set_threads(decode, prefill)
+
     # following the target's slots
 
     def took(self, slot: int, source: int, reuse: int) -> None:

@@ -1,6 +1,5 @@
 """From the configuration of an engine to its speculator: which parts there are, and why not all."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import llama_cpp.llama_cpp as ll
@@ -27,7 +26,6 @@ def make_speculator(
     model: Model,
     context: Context,
     calibration: Calibration,
-    tell: Callable[[float], None],
 ) -> tuple[Speculator | None, str]:
     """The speculator of a loaded model, and a line on a draft model that is not used, or nothing.
 
@@ -36,7 +34,6 @@ def make_speculator(
         model: the target.
         context: the target's, whose slots the draft follows.
         calibration: of the target.
-        tell: hears how far the draft is loaded, 0 to 1.
     """
     if config.speculation == "off":
         return None, ""
@@ -46,7 +43,7 @@ def make_speculator(
     drafter, refusal = None, ""
     if config.draft and config.speculation == "auto":
         try:
-            drafter = _drafter(config, model, context, calibration, tell)
+            drafter = _drafter(config, model, context, calibration)
         except (LoadError, Unpaired) as error:
             refusal = f"{Path(config.draft).name} cannot draft for {config.model}: {error}"
             log.warning("draft.refused", draft=config.draft, reason=str(error))
@@ -64,7 +61,6 @@ def _drafter(
     target: Model,
     context: Context,
     calibration: Calibration,
-    tell: Callable[[float], None],
 ) -> Drafter:
     """Load the draft model and check that it fits.
 
@@ -72,7 +68,7 @@ def _drafter(
         LoadError: llama.cpp cannot load it, or there is no memory.
         Unpaired: it is not of the target's vocabulary.
     """
-    model = Model(config.draft, gpu_layers=config.gpu_layers, on_progress=tell)
+    model = Model(config.draft, gpu_layers=config.gpu_layers)
     try:
         check_pair(target, model)
         own = Context(

@@ -1,0 +1,51 @@
+"""Prefixes that are computed already, brought to where a sequence begins.
+
+From the slot itself, from another one, or from host memory, whichever has the longest; and into
+host memory goes what a slot held when it is given to another conversation.
+"""
+
+from worker.engine.llama import Context
+from worker.engine.prefix_store import PrefixStore
+from worker.engine.slots import LEAST_COPY, Placement, Slots
+
+__all__ = ("Prefixes",)
+
+
+class Prefixes:
+    """Over the slots of a context; `memory` bytes of the host's are used, 0: none."""
+
+    def __init__(self, context: Context, slots: Slots, memory: int) -> None:
+        self._context = context
+        self._slots = slots
+        self._store = PrefixStore(memory) if memory else None
+
+    def bring(self, placement: Placement, prompt: list[int]) -> int:
+        """Fill a placement's slot with as much of the prompt as there is; returns how many tokens.
+
+        To be called before the slot is taken.
+        """
+        context, slot, reuse = self._context, placement.slot, placement.reuse
+        store = self._store
+        if store is not None:
+            self._spill(store, placement, prompt)
+        kept = store.find(prompt, reuse + LEAST_COPY) if store is not None else None
+        if kept is not None:
+            # As from another slot, two tokens at least are left to compute.
+            reuse = min(kept.shared, len(prompt) - 2)
+            if not context.restore(slot, kept.entry.state):
+                reuse = 0
+        elif placement.source != slot and not context.copy(placement.source, slot):
+            reuse = 0
+        if context.forget(slot, reuse):
+            return reuse
+        # recurrent models cannot be cut in the middle
+        context.forget(slot)
+        return 0
+
+    def _spill(self, store: PrefixStore, placement: Placement, prompt: list[int]) -> None:
+        """Keep what the slot holds of a retired sequence, if it is about to be lost."""
+        lost = self._slots.displaced(placement, prompt)
+        if lost and not store.covers(lost):
+            state = self._context.save(placement.slot)
+            if state is not None:
+                store.put(lost, state)
