@@ -128,8 +128,7 @@ class Drafter:
         for slot in slots:
             size = len(slot.tokens)
             start = max(0, size - begin)
-            if start < self._valid[slot.index]:
-                self._cut(slot.index, start)
+            self._cut(slot.index, min(self._valid[slot.index], start))
             self._fill(row, slot.index, slot.tokens[start:], start)
             row += size - start
             self._batch.output[row - 1] = 1
