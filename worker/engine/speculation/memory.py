@@ -8,8 +8,8 @@ may share a place: a few positions of old sequences are lost to newer ones, and 
 compared with the tokens themselves, so that nothing wrong is ever found.
 
 Measured on the project's 2-core machine, one owner with 900,000 tokens: remembering 2,000 tokens
-takes 0.1 ms and, when the tables grow, which is seldom, 12 ms; recalling a prompt of 1,500 tokens 40
-us; a search 3 us; 40 bytes a token.
+takes 0.1 ms and, when the tables grow, which is seldom, 12 ms; recalling a prompt of 1,500 tokens
+40 us; a search 3 us; 40 bytes a token.
 """
 
 from array import array
