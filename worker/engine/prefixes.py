@@ -25,10 +25,11 @@ class Prefixes:
         To be called before the slot is taken.
         """
         context, slot, reuse = self._context, placement.slot, placement.reuse
-        store = self._store
-        if store is not None:
-            self._spill(store, placement, prompt)
-        kept = store.find(prompt, reuse + LEAST_COPY) if store is not None else None
+        kept = None
+        if self._store is not None:
+            # Found first: it may be the very one that makes way for what is spilled.
+            kept = self._store.find(prompt, reuse + LEAST_COPY)
+            self._spill(self._store, placement, prompt)
         if kept is not None:
             # As from another slot, two tokens at least are left to compute.
             reuse = min(kept.shared, len(prompt) - 2)
