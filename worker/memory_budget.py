@@ -18,6 +18,8 @@ class Grant(NamedTuple):
     """Bytes, its draft's not counted; 0: no limit."""
     draft: bool
     """Whether its draft has been granted as well."""
+    prefixes: int = 0
+    """Bytes for prefixes in host memory, neither the model's nor its draft's."""
 
 
 class NotEnoughMemory(Exception):
@@ -32,16 +34,18 @@ class MemoryBudget:
         self.left = total
         self.outstanding = models
 
-    def claim(self, *, least: int, wish: int, draft: int = 0) -> Grant:
+    def claim(self, *, least: int, wish: int, draft: int = 0, prefixes: int = 0) -> Grant:
         """Grant one model its bytes, and those of its draft if they are well spent.
 
         A draft must fit into the model's fair share beside what the model needs at least, and may
-        cost it at most a quarter of what it would have had alone.
+        cost it at most a quarter of what it would have had alone. Prefixes get what both leave of
+        the share.
 
         Args:
             least: bytes without which the model cannot be served.
             wish: bytes beyond which it has no use for more.
             draft: bytes of the draft, all of them or none; 0: there is none.
+            prefixes: most bytes for prefixes.
 
         Raises:
             NotEnoughMemory: not even `least` is left.
@@ -51,7 +55,7 @@ class MemoryBudget:
         share = self.left // self.outstanding
         self.outstanding -= 1
         if not self.total:
-            return Grant(0, bool(draft))
+            return Grant(0, bool(draft), prefixes)
         if least > self.left:
             raise NotEnoughMemory(
                 f"needs at least {format_size(least)}, "
@@ -59,11 +63,11 @@ class MemoryBudget:
             )
         alone = max(least, min(wish, share))
         beside = min(wish, share - draft)
-        if draft and beside >= least and 4 * beside >= 3 * alone:
-            self.left -= beside + draft
-            return Grant(beside, True)
-        self.left -= alone
-        return Grant(alone, False)
+        drafts = draft > 0 and beside >= least and 4 * beside >= 3 * alone
+        model, used = (beside, beside + draft) if drafts else (alone, alone)
+        spare = max(0, min(prefixes, share - used))
+        self.left -= used + spare
+        return Grant(model, drafts, spare)
 
     def waive(self) -> None:
         """One model will not claim: its share is for the others."""

@@ -92,22 +92,18 @@ async def prepare(
     slots = options.slots or settings.slots
     asked = options.context or settings.context
     context = asked or min(header.context_length or USUAL_CONTEXT, USUAL_CONTEXT)
-    # Beyond the estimate, so that what the engine adds does not cost it KV cells.
-    wish = estimate_memory(header, cells=slots * context) * 5 // 4
     try:
         granted = budget.claim(
             least=estimate_memory(header, cells=asked or min(context, LEAST_CELLS)),
-            wish=wish + settings.prefix_memory,
+            # Beyond the estimate, so that what the engine adds does not cost it KV cells.
+            wish=estimate_memory(header, cells=slots * context) * 5 // 4,
             draft=estimate_memory(draft, cells=slots * context) if draft else 0,
+            prefixes=settings.prefix_memory,
         )
     except NotEnoughMemory as error:
         raise NotEnoughMemory(f"{path.name}: {error}") from None
     if draft is not None:
         _tell_draft(source, draft, granted.draft)
-    prefix_memory = settings.prefix_memory
-    if granted.model:
-        # Prefixes get what is left when all else has what it wishes.
-        prefix_memory = max(0, min(prefix_memory, granted.model - wish))
     gpu_layers = settings.gpu_layers if options.gpu_layers is None else options.gpu_layers
     config = EngineConfig(
         path=str(path),
@@ -118,8 +114,8 @@ async def prepare(
         threads=options.threads or settings.threads,
         gpu_layers=ALL_LAYERS if gpu_layers < 0 else gpu_layers,
         step_tokens=options.step_tokens or 512,
-        memory_limit=granted.model - prefix_memory if granted.model else 0,
-        prefix_memory=prefix_memory,
+        memory_limit=granted.model,
+        prefix_memory=granted.prefixes,
         chat_template=options.chat_template,
         embeddings=options.embeddings,
         draft=draft.path if draft is not None and granted.draft else "",

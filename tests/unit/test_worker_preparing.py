@@ -136,3 +136,42 @@ async def test_memory_is_claimed_for_both_or_the_draft_is_left_out(folder: Path,
     assert "no memory" in line["reason"]
     with pytest.raises(NotEnoughMemory):
         await prepared(memory=tight - 1)
+
+
+PREFIXES = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("asked", "beyond_wish", "wanted"),
+    [
+        (PREFIXES, 2 * PREFIXES, PREFIXES),
+        (PREFIXES, PREFIXES // 2, PREFIXES // 2),
+        (PREFIXES, 0, 0),
+        (PREFIXES, -1000, 0),
+        (0, 2 * PREFIXES, 0),
+    ],
+)
+async def test_prefixes_get_what_the_model_leaves_of_its_memory(
+    folder: Path, prepared, asked: int, beyond_wish: int, wanted: int
+):
+    settings = ServingSettings(slots=2, context=256, speculation="off", prefix_memory=asked)
+    wish = estimate_memory(read_header(folder / "big.gguf"), cells=2 * 256) * 5 // 4
+    config = (await prepared(settings=settings, memory=wish + beyond_wish)).config
+    assert (config.prefix_memory, config.memory_limit) == (wanted, wish + min(0, beyond_wish))
+
+
+async def test_prefixes_get_all_they_wish_where_memory_is_unlimited(prepared):
+    config = (await prepared()).config
+    assert (config.prefix_memory, config.memory_limit) == (512 << 20, 0)
+
+
+async def test_a_draft_goes_before_prefixes(folder: Path, prepared):
+    write(folder / "middle.gguf", width=1024)
+    (folder / "models.toml").write_text('[models.x]\nfile = "big.gguf"\ndraft = "middle.gguf"\n')
+    big, middle = (read_header(folder / f"{name}.gguf") for name in ("big", "middle"))
+    wish = estimate_memory(big, cells=2 * 256) * 5 // 4
+    draft = estimate_memory(middle, cells=2 * 256)
+    assert wish < 3 * draft  # what would be refused if prefixes were counted as the model's wish
+    result = await prepared("x", memory=wish + draft + 1000)
+    config = result.config
+    assert (result.draft, config.memory_limit, config.prefix_memory) == ("middle.gguf", wish, 1000)
