@@ -76,6 +76,7 @@ class EngineDriver:
         draft: str = "",
         speculation: Literal["auto", "ngram", "off"] = "auto",
         ngram_memory: int = 1 << 20,
+        prefix_memory: int = 0,
     ) -> None:
         self.config = EngineConfig(
             path=path,
@@ -92,6 +93,7 @@ class EngineDriver:
             draft=draft,
             speculation=speculation,
             ngram_memory=ngram_memory,
+            prefix_memory=prefix_memory,
         )
         self.stats: EngineStats | None = None
         """Of the last step."""

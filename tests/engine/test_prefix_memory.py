@@ -1,0 +1,124 @@
+"""More conversations than slots, on a real engine: they go on where they were, to the same answers.
+
+With 32-bit weights, whose cache is as exact: rows that are computed in other company round so alike
+that a greedy answer is the same whatever was computed before and brought back.
+"""
+
+import asyncio
+import random
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import pytest_asyncio
+from asking import frames_of, request, tokens_of
+from engine_driver import EngineDriver
+
+from loadtests.stack import smollm2_f32
+from shared.protocol import Sampling, TokenInput
+
+pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="module")]
+
+CONVERSATIONS, TURNS = 5, 3
+SAID = 30
+"""Tokens that a turn adds to the prompt."""
+ANSWER = 12
+GREEDY = Sampling(seed=1, temperature=0, ignore_eos=True)
+
+
+class Talk(NamedTuple):
+    """What became of the turns of some conversations."""
+
+    answers: list[list[int]]
+    """Tokens, turn by turn, of all conversations in order."""
+    cached: int
+    """Prompt tokens after the first turns that were not computed again."""
+    possible: int
+    """Those that had been computed in earlier turns."""
+
+
+async def talk(engine: EngineDriver, seed: int, *, at_once: bool = False) -> Talk:
+    """Hold the conversations that belong to a seed, each turn of all of them before the next."""
+    rng = random.Random(seed)
+    told = [tuple(rng.sample(range(1000, 40000), TURNS * SAID)) for _ in range(CONVERSATIONS)]
+    prompts: list[tuple[int, ...]] = [()] * CONVERSATIONS
+    answers: list[list[int]] = []
+    cached = possible = 0
+    for turn in range(TURNS):
+        # the last token of an answer was sampled, but never went through the model
+        possible += sum(max(0, len(prompt) - 1) for prompt in prompts)
+        new = [said[turn * SAID : (turn + 1) * SAID] for said in told]
+        prompts = [prompt + said for prompt, said in zip(prompts, new, strict=True)]
+        asked = [
+            request(input=TokenInput(prompt), sampling=GREEDY, max_tokens=ANSWER)
+            for prompt in prompts
+        ]
+        if at_once:
+            turns = await asyncio.gather(*(frames_of(engine, one) for one in asked))
+        else:
+            turns = [await frames_of(engine, one) for one in asked]
+        cached += sum(frames[-1].usage.cached for frames in turns)
+        answers += [tokens_of(frames) for frames in turns]
+        prompts = [p + tuple(tokens_of(f)) for p, f in zip(prompts, turns, strict=True)]
+    return Talk(answers, cached, possible)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    yield smollm2_f32(folder)
+    shutil.rmtree(folder)  # 540 MB, which pytest would keep for three runs
+
+
+@asynccontextmanager
+async def started(target: Path, slots: int, memory: int) -> AsyncIterator[EngineDriver]:
+    engine = EngineDriver(
+        str(target), slots=slots, context=256, threads=1, speculation="off", prefix_memory=memory
+    )
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def roomy(target: Path) -> AsyncIterator[EngineDriver]:
+    """A slot for each conversation."""
+    async with started(target, CONVERSATIONS, 0) as engine:
+        yield engine
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def remembering(target: Path) -> AsyncIterator[EngineDriver]:
+    async with started(target, 2, 256 << 20) as engine:
+        yield engine
+
+
+async def test_conversations_in_turn_go_on_where_they_were(roomy, remembering):
+    there = await talk(roomy, 1)
+    brought = await talk(remembering, 1)
+
+    assert there.cached == there.possible
+    assert brought.cached > 0.9 * brought.possible
+    assert brought.answers == there.answers
+
+
+async def test_so_do_conversations_at_once(roomy, remembering):
+    there = await talk(roomy, 2, at_once=True)
+    brought = await talk(remembering, 2, at_once=True)
+
+    assert brought.cached > 0.9 * brought.possible
+    assert brought.answers == there.answers
+
+
+async def test_without_memory_they_are_computed_again_to_the_same_answers(roomy, target):
+    there = await talk(roomy, 3)
+    async with started(target, 2, 0) as forgetful:
+        again = await talk(forgetful, 3)
+
+    assert again.cached < 0.1 * again.possible
+    assert again.answers == there.answers
