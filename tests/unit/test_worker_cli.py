@@ -43,3 +43,37 @@ def test_what_it_may_be_is_told(folder: Path, capsys: pytest.CaptureFixture[str]
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert all(word in told for word in ("mesh-worker: ", "--speculation", "ngram", "off"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ([], 512 << 20),
+        (["--prefix-memory", "0"], 0),
+        (["--prefix-memory", "64MiB"], 64 << 20),
+        (["--prefix-memory", "2gb"], 2 * 10**9),
+    ],
+)
+def test_prefix_memory(
+    asked: list[AgentSettings], folder: Path, flags: list[str], wanted: int
+) -> None:
+    assert worker.cli.main(["--models", str(folder), *flags]) == 0
+    assert asked[0].serving.prefix_memory == wanted
+    assert asked[0].memory == 0
+
+
+@pytest.mark.parametrize("flag", ["--prefix-memory", "--memory"])
+@pytest.mark.parametrize("wrong", ["much", "-1", "1.5.2GiB", "512MiBs"])
+def test_what_is_no_size_is_told(
+    asked: list[AgentSettings],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    flag: str,
+    wrong: str,
+) -> None:
+    assert worker.cli.main(["--models", str(folder), f"{flag}={wrong}"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith(f"mesh-worker: {flag}: ")
+    assert all(word in told for word in (repr(wrong), "512M"))
+    assert not asked

@@ -20,7 +20,13 @@ from worker.gguf_header import (
 )
 
 
-def write(path: Path, *, heads_kv: int | list[int] | None = None, extra: bool = True) -> Path:
+def write(
+    path: Path,
+    *,
+    heads_kv: int | list[int] | None = None,
+    extra: bool = True,
+    file_type: int = 1,
+) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("Tiny")
     writer.add_block_count(3)
@@ -31,7 +37,7 @@ def write(path: Path, *, heads_kv: int | list[int] | None = None, extra: bool = 
     if heads_kv is not None:
         writer.add_head_count_kv(heads_kv)
     if extra:
-        writer.add_file_type(1)
+        writer.add_file_type(file_type)
         writer.add_token_list([f"token {n}" for n in range(5000)])
         writer.add_token_scores([0.5] * 5000)
         writer.add_chat_template("{{ messages }}")
@@ -88,6 +94,14 @@ def test_heads_may_differ_by_layer_and_default_to_all(tmp_path: Path):
     assert (bare.basename, bare.tokenizer, bare.special_tokens) == ("", "", SpecialTokens())
     assert bare.causal
     assert not bare.recurrent
+
+
+@pytest.mark.parametrize(("file_type", "element"), [(0, 4), (1, 2), (3, 2), (32, 2)])
+def test_a_cache_is_as_wide_as_the_weights_where_they_have_32_bits(
+    tmp_path: Path, file_type: int, element: int
+):
+    header = read_header(write(tmp_path / "a.gguf", heads_kv=2, file_type=file_type))
+    assert header.kv_bytes_per_token == element * 3 * 2 * (16 + 16)
 
 
 def test_the_real_model():
