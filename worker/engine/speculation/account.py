@@ -10,7 +10,7 @@ __all__ = ("Account", "Outcome")
 
 _MEMORY = 0.97
 """Weight that a step keeps when the next comes: about 30 steps count."""
-_LEAST_STEPS = 8.0
+_LEAST_STEPS = 12.0
 """Steps before anything is judged."""
 _FIRST_PAUSE = 48
 _LONGEST_PAUSE = 3072

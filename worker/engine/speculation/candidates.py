@@ -17,13 +17,17 @@ POSITIONS = 16
 class Drafting:
     """What speculation knows of one sequence."""
 
-    __slots__ = ("lookup", "matches", "proposal", "shares")
+    __slots__ = ("followed", "lookup", "matches", "proposal", "shares", "steps")
 
     def __init__(self, lookup: Lookup, shares: Sequence[float]) -> None:
         self.lookup = lookup
         self.shares = Shares(shares)
         self.matches = Chance(0.5, weight=0.5, memory=0.96)
         self.proposal: Proposal | None = None
+        self.steps = 0
+        """Steps since it began."""
+        self.followed = 0.0
+        """Share of its last steps that the lookup drafted for, about ten of them."""
 
 
 class Candidate(NamedTuple):

@@ -43,6 +43,16 @@ text changes, and after some 100 tokens it is worth another try."""
 _HORIZON = 256
 """Tokens over which the time is spread, at most, that a lagging draft model takes to catch up."""
 
+_REPAID = 1 / 32
+"""Of what catching up took, the part that each step booked after it bears: booked at once, it would
+make any draft model look like a loss."""
+
+_SMALL_LAG = 64
+"""Tokens that a draft model catches up with at once."""
+
+_TRIED = 8
+"""Steps after which it is seen whether a sequence copies."""
+
 _PLAIN_EVERY = 128
 """Steps that speculate after which one does not, so that what it is compared with is measured."""
 
@@ -85,6 +95,8 @@ class Speculator:
         self._shares = Shares(_SHARES_PRIOR, weight=32.0, memory=0.995)
         self._accounts: dict[tuple[Kind, int], Account] = {}
         self._streak = 0
+        self._debt = 0.0
+        """Seconds of catching up that are not booked yet."""
         self._step: _Step | None = None
         self._candidates: Sequence[Candidate] = ()
         self._hopeless: dict[int, int] = {}
@@ -143,7 +155,7 @@ class Speculator:
                 plan, kind, drafted = other, "draft", by_model
         if not plan.length:
             return self._none(candidates)
-        return self._make(candidates, plan, kind, found, drafted, lambda: clock() - began)
+        return self._make(candidates, plan, kind, found, drafted, clock, began)
 
     def verified(self, index: int, accepted: int, ended: bool, cached: int) -> int:
         """Candidate `index` had so many draft tokens accepted; `cached` tokens of its slot stand.
@@ -185,7 +197,9 @@ class Speculator:
         if drafted == count:
             self.target.measured(rows, target_seconds)
         self._streak += 1
-        outcome = Outcome(tokens * self.target.seconds(count) / count, step.seconds())
+        paid = self._debt * _REPAID if step.kind == "draft" else 0.0
+        self._debt -= paid
+        outcome = Outcome(tokens * self.target.seconds(count) / count, step.seconds() + paid)
         self._account(step.kind, count).book(outcome)
         self.counters.earned += outcome.earned
         self.counters.spent += outcome.spent
@@ -195,6 +209,8 @@ class Speculator:
 
     def _none(self, candidates: Sequence[Candidate]) -> Sequence[list[int]]:
         for candidate in candidates:
+            candidate.drafting.steps += 1
+            candidate.drafting.followed *= 0.9
             candidate.drafting.matches.relax(0.5, _RELAXED)
             candidate.drafting.shares.relax(_SHARES_PRIOR, _RELAXED)
         return [[] for _ in candidates]
@@ -226,11 +242,11 @@ class Speculator:
         for i, (candidate, known) in enumerate(zip(candidates, found, strict=True)):
             shares = candidate.drafting.shares.shares
             right = sum(share * chance for share, chance in zip(shares, chances, strict=True))
-            if known.most > 1 and known.chance >= right:
+            lag = max(0, drafter.lag(candidate.slot) - 1)
+            if (known.most > 1 and known.chance >= right) or not _may_catch_up(candidate, lag):
                 continue
             drafted.append(i)
             total = [sum(pair) for pair in zip(total, shares, strict=True)]
-            lag = max(0, drafter.lag(candidate.slot) - 1)
             overhead += lag * drafter.cost.seconds(64) / 64 / min(_HORIZON, 1 + candidate.room)
         if not drafted or most < 1:
             return Plan(0, True, 0.0, 1.0), []
@@ -252,14 +268,20 @@ class Speculator:
         kind: Kind,
         found: Sequence[Prospect],
         drafted: Sequence[int],
-        seconds: Callable[[], float],
+        clock: Callable[[], float],
+        began: float,
     ) -> Sequence[list[int]]:
         drafts: list[list[int]] = [[] for _ in candidates]
         sources: list[Kind | None] = [None] * len(candidates)
         sure: list[list[float]] = [[] for _ in candidates]
         length = plan.length
         if drafted and self.drafter is not None:
-            if not self.drafter.catch_up([candidates[i].slot for i in drafted]):
+            start = clock()
+            ready = self.drafter.catch_up([candidates[i].slot for i in drafted])
+            caught_up = clock() - start
+            self._debt += caught_up
+            began += caught_up
+            if not ready:
                 # It goes on in the next step; a draft model that lags is of no use yet.
                 return self._none(candidates)
             made, confidences = self._draft(self.drafter, [candidates[i] for i in drafted], plan)
@@ -278,8 +300,19 @@ class Speculator:
             for i, candidate in enumerate(candidates):
                 if drafts[i] or plan.padded:
                     drafts[i] += candidate.slot.tokens[-1:] * (length - len(drafts[i]))
+        for candidate, source in zip(candidates, sources, strict=True):
+            drafting = candidate.drafting
+            drafting.steps += 1
+            drafting.followed += ((source == "ngram") - drafting.followed) * 0.1
         self._candidates = candidates
-        self._step = _Step(kind, tuple(sources), tuple(drafts), real, tuple(sure), seconds)
+        self._step = _Step(
+            kind,
+            tuple(sources),
+            tuple(drafts),
+            real,
+            tuple(sure),
+            lambda: clock() - began,
+        )
         return drafts
 
     def _draft(
@@ -343,6 +376,14 @@ class Speculator:
         if account is None:
             account = self._accounts[key] = Account()
         return account
+
+
+def _may_catch_up(candidate: Candidate, lag: int) -> bool:
+    """Whether the lag is small, or it is known by now that the lookup will not do the work: of a
+    text that is mostly copied, the draft model would read all of the prompt for a few words.
+    """
+    drafting = candidate.drafting
+    return lag <= _SMALL_LAG or (drafting.steps >= _TRIED and drafting.followed < 0.5)
 
 
 def _bucket(match: int) -> int:
