@@ -26,6 +26,14 @@ def _logging_as_before() -> Iterator[None]:
     structlog.configure(**before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _calibrations_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Engines of the tests calibrate once for all of them, and leave nothing in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MESH_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def make_identities() -> Callable[..., list[Identity]]:
     """Make identities `router-1`, `worker-1`, `worker-2`, `mesh-1` …, each with a password."""
