@@ -28,7 +28,7 @@ def _logging_as_before() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _calibrations_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Engines of the tests calibrate once for all of them, and leave nothing in the user's cache."""
+    """Engines of the tests calibrate once for all of them, and leave the user's cache alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MESH_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield

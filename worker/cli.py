@@ -122,7 +122,7 @@ def serve(
             threads=threads,
             gpu_layers=_gpu_layers(gpu_layers),
             speculation=speculation,
-            prefix_memory=_size(prefix_memory, "--prefix-memory"),
+            prefix_memory=0 if prefix_memory == "0" else _size(prefix_memory, "--prefix-memory"),
             cache=cache,
             command=tuple(shlex.split(engine_command)) or ENGINE_COMMAND,
         ),
@@ -162,7 +162,7 @@ async def _run(settings: AgentSettings, sources: Sequence[ModelSource]) -> None:
 
 
 def _size(text: str, flag: str) -> int:
-    if text in ("", "0"):
+    if not text:
         return 0
     try:
         return parse_size(text)
