@@ -27,6 +27,9 @@ from loadtests.figures import markdown, median_and_range
 from loadtests.stack import smollm2, smollm2_q4_0
 from shared.protocol import Busy, Delta, End, Fail, Frame, Generate, Sampling, TokenInput
 
+_RESTED_STEPS = 40
+"""Steps that the driver leaves unread at most: a socket holds some 90, then the engine waits."""
+
 _WATCHED_STEPS = 6
 """Steps before an answer or a window ends from which on the driver reads every one."""
 
@@ -134,7 +137,8 @@ class _Engine:
             # Until then nothing is to be done, nor timed.
             idle = min(self._load.steps_to_next() * self._pace, began + seconds - now)
             if idle > _WATCHED_STEPS * self._pace:
-                self._driver.rest(idle - _WATCHED_STEPS * self._pace)
+                rest = idle - _WATCHED_STEPS * self._pace
+                self._driver.rest(min(rest, _RESTED_STEPS * self._pace))
             return now - began >= seconds
 
         os.kill(self._driver.pid, signal.SIGCONT)

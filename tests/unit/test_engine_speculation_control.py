@@ -10,6 +10,8 @@ from worker.engine.speculation.control import (
     LEAST_GAIN,
     LENGTHS,
     MOST_ROWS,
+    MOST_SECONDS,
+    MOST_SLOWER,
     Chance,
     Prospect,
     Shares,
@@ -115,14 +117,17 @@ def test_the_plan_is_the_best_of_all(prospects, target, most_rows):
     hopeful = [p for p in prospects if p.most and p.chance > 0]
     longest = max((p.most for p in hopeful), default=0)
     rates = {(0, False): plain}
+    bound = max(MOST_SECONDS, MOST_SLOWER * target(count))
     for length in LENGTHS:
         if length > longest or length >= MOST_ROWS:
             continue
         tokens = tokens_of(prospects, length)
-        if count * (1 + length) <= most_rows:
-            rates[length, True] = tokens / target(count * (1 + length))
-        if len(hopeful) < count and count + len(hopeful) * length <= most_rows:
-            both = target(count) + target(len(hopeful) * length)
+        padded = target(count * (1 + length))
+        if count * (1 + length) <= most_rows and padded <= bound:
+            rates[length, True] = tokens / padded
+        both = target(count) + target(len(hopeful) * length)
+        fits = count + len(hopeful) * length <= most_rows and both <= bound
+        if len(hopeful) < count and fits:
             rates[length, False] = tokens / both
     best = max(rates.values())
     if best < plain * LEAST_GAIN * (1 - 1e-9):
@@ -148,6 +153,8 @@ def test_a_plan_gains_and_keeps_its_bounds(prospects, target, most_rows):
         if not plan.padded:
             both = target(count) + target(hopeful * plan.length)
             assert both <= target(padded) or padded > most_rows
+        taken = target(padded) if plan.padded else both
+        assert taken <= max(MOST_SECONDS, MOST_SLOWER * target(count))
 
 
 @given(prospects, costs(), st.integers(0, 5), chances)

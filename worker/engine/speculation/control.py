@@ -29,6 +29,11 @@ LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 40, 48)
 MOST_ROWS = 60
 """Rows of one sequence in a step: from 64 on, flash attention rounds in another way (design, 8)."""
 
+MOST_SECONDS = 0.15
+"""What verifying may take, or `MOST_SLOWER` times a step without drafts if that is more: all its
+tokens come at its end, and who leaves meanwhile is not heard before."""
+MOST_SLOWER = 3.0
+
 LEAST_GAIN = 1.03
 """Expected gain below which it is not tried: estimates are not better than that."""
 
@@ -152,7 +157,8 @@ def best_plan(
             shapes.append((rows, alone + target(len(hopeful) * length), False))
         for rows, seconds, padded in shapes:
             rate = tokens / seconds
-            if rows <= most_rows and rate > best.rate:
+            bound = max(MOST_SECONDS, MOST_SLOWER * alone)
+            if rows <= most_rows and seconds <= bound and rate > best.rate:
                 best = Plan(length, padded, rate, rate / plain)
     return best if best.gain >= LEAST_GAIN else Plan(0, False, plain, 1.0)
 
