@@ -39,7 +39,7 @@ def test_what_loses_is_closed_within_a_few_steps(earned, ratio):
         account.book(Outcome(earned, earned * ratio))
         steps += 1
 
-    assert 8 <= steps <= 12
+    assert 12 <= steps <= 16
 
 
 def test_the_loss_stays_small_in_the_long_run():

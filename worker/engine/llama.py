@@ -8,7 +8,7 @@ llama.cpp computes streams together in one pass only where their slot numbers ar
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import llama_cpp.llama_cpp as ll
@@ -163,6 +163,25 @@ class Batch:
             self.native.seq_id[row] = ctypes.cast(
                 self.slot.ctypes.data + 4 * row, ctypes.POINTER(ctypes.c_int32)
             )
+
+    def fill(self, row: int, slot: int, tokens: Sequence[int], position: int) -> int:
+        """Put consecutive tokens of a slot into rows from `row` on, without output.
+
+        Returns the row after them.
+        """
+        if len(tokens) == 1:
+            # the common case, a dozen microseconds cheaper where each of them counts
+            self.token[row] = tokens[0]
+            self.position[row] = position
+            self.slot[row] = slot
+            self.output[row] = 0
+            return row + 1
+        end = row + len(tokens)
+        self.token[row:end] = tokens
+        self.position[row:end] = np.arange(position, position + len(tokens))
+        self.slot[row:end] = slot
+        self.output[row:end] = 0
+        return end
 
 
 class _State(NamedTuple):

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Sequence as Drafts
 from typing import NamedTuple
 
-import numpy as np
 import structlog
 
 from shared.errors import DeadlineExceeded, MeshError, WorkerFailed
@@ -249,17 +248,11 @@ class Loop:
             assert slot is not None  # noqa: S101  a running sequence has one
             start, end = slot.cached, slot.cached + rows_of[i]
             draft = drafts[i] if drafts else []
-            tokens = slot.tokens[start:end] + draft
-            after = row + len(tokens)
-            batch.token[row:after] = tokens
-            batch.position[row:after] = np.arange(start, start + len(tokens))
-            batch.slot[row:after] = slot.index
-            batch.output[row:after] = 0
+            row = batch.fill(row, slot.index, slot.tokens[start:end] + draft, start)
             if end == len(slot.tokens):
-                batch.output[after - 1 - len(draft) : after] = 1
+                batch.output[row - 1 - len(draft) : row] = 1
                 sampled.append(_Sampled(sequence, draft, end))
             slot.cached = end
-            row = after
         self._threads.choose(prefill=decoding < len(order))
         began = time.perf_counter()
         code = self._context.decode(batch, row)

@@ -26,11 +26,12 @@ class Outcome(NamedTuple):
 
 
 class Account:
-    """Of one kind of speculation."""
+    """Of one kind of speculation, closed where it gains less than `least`."""
 
-    __slots__ = ("_earned", "_left", "_pause", "_spent", "_steps")
+    __slots__ = ("_earned", "_least", "_left", "_pause", "_spent", "_steps")
 
-    def __init__(self) -> None:
+    def __init__(self, least: float = 1.0) -> None:
+        self._least = least
         self._earned = self._spent = self._steps = 0.0
         self._pause = _FIRST_PAUSE
         self._left = 0
@@ -54,9 +55,9 @@ class Account:
         self._steps = self._steps * _MEMORY + 1.0
         if self._steps < _LEAST_STEPS:
             return
-        if self.gain < 1.0:
+        if self.gain < self._least:
             self._left = self._pause
             self._pause = min(_LONGEST_PAUSE, self._pause * 2)
             self._earned = self._spent = self._steps = 0.0
-        elif self.gain > 1.05:
+        elif self.gain > self._least + 0.05:
             self._pause = _FIRST_PAUSE

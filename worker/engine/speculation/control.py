@@ -36,6 +36,8 @@ MOST_SLOWER = 3.0
 
 LEAST_GAIN = 1.03
 """Expected gain below which it is not tried: estimates are not better than that."""
+LEAST_GAIN_TOGETHER = 1.1
+"""The same for a draft model beside several sequences, of which the least sure sets the pace."""
 
 
 class Chance:
@@ -207,4 +209,5 @@ def drafting_plan(
             rate = count * tokens / (seconds + drafted * verifying[length])
             if rate > best.rate:
                 best = Plan(length, True, rate, rate / plain)
-    return best if best.gain >= LEAST_GAIN else Plan(0, True, plain, 1.0)
+    least = LEAST_GAIN if count == 1 else LEAST_GAIN_TOGETHER
+    return best if best.gain >= least else Plan(0, True, plain, 1.0)

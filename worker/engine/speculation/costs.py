@@ -24,8 +24,8 @@ class StepCost:
 
     def __init__(self, points: Iterable[tuple[int, float]] = NOMINAL) -> None:
         known = sorted(dict(points).items())
-        if not known:
-            raise ValueError("at least one point is needed")
+        if not known or any(rows < 1 or seconds <= 0 for rows, seconds in known):
+            raise ValueError(f"points are {known}: at least one is needed, all of them positive")
         self._rows = [rows for rows, _ in known]
         self._shape = [math.log(seconds) for _, seconds in known]
         self._speed = 0.0

@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
-
 from worker.engine.llama import Batch, Context
 from worker.engine.sampling import Logits
 from worker.engine.slots import Slot
@@ -98,7 +96,7 @@ class Drafter:
             if rows == 0:
                 return False
             valid = self._valid[slot.index]
-            self._fill(0, slot.index, slot.tokens[valid : valid + rows], valid)
+            self._batch.fill(0, slot.index, slot.tokens[valid : valid + rows], valid)
             self._batch.output[:rows] = 0
             self._decode(rows)
             self._valid[slot.index] = self._computed[slot.index] = valid + rows
@@ -129,7 +127,7 @@ class Drafter:
             size = len(slot.tokens)
             start = max(0, size - begin)
             self._cut(slot.index, min(self._valid[slot.index], start))
-            self._fill(row, slot.index, slot.tokens[start:], start)
+            self._batch.fill(row, slot.index, slot.tokens[start:], start)
             row += size - start
             self._batch.output[row - 1] = 1
             self._valid[slot.index] = self._computed[slot.index] = size
@@ -146,16 +144,9 @@ class Drafter:
                 return drafts, confidences
             row = len(slots)
             for i, slot in enumerate(slots):
-                self._fill(i, slot.index, drafts[i][-1:], self._computed[slot.index])
+                self._batch.fill(i, slot.index, drafts[i][-1:], self._computed[slot.index])
                 self._computed[slot.index] += 1
             self._batch.output[:row] = 1
-
-    def _fill(self, row: int, slot: int, tokens: Sequence[int], position: int) -> None:
-        batch, end = self._batch, row + len(tokens)
-        batch.token[row:end] = tokens
-        batch.position[row:end] = np.arange(position, position + len(tokens))
-        batch.slot[row:end] = slot
-        batch.output[row:end] = 0
 
     def _decode(self, rows: int) -> None:
         began = time.perf_counter()

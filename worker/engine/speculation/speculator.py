@@ -40,12 +40,19 @@ _RELAXED = 0.01
 """Share of the way back to what is usual that a sequence's chances move in a step without drafts:
 text changes, and after some 100 tokens it is worth another try."""
 
+_RELAXED_FOR_ALL = 0.0001
+"""The same of what was learnt from all sequences."""
+
 _HORIZON = 256
 """Tokens over which the time is spread, at most, that a lagging draft model takes to catch up."""
 
 _REPAID = 1 / 32
 """Of what catching up took, the part that each step booked after it bears: booked at once, it would
 make any draft model look like a loss."""
+
+_LEAST_TOGETHER = 1.05
+"""What speculation for several sequences must earn: the time of a step without is measured seldom
+while it goes on, and this is how far it may be off."""
 
 _SMALL_LAG = 64
 """Tokens that a draft model catches up with at once."""
@@ -194,7 +201,7 @@ class Speculator:
             return
         count = len(step.drafts)
         drafted = sum(1 for draft in step.drafts if draft)
-        if drafted == count:
+        if drafted in (0, count):
             self.target.measured(rows, target_seconds)
         self._streak += 1
         paid = self._debt * _REPAID if step.kind == "draft" else 0.0
@@ -213,6 +220,8 @@ class Speculator:
             candidate.drafting.followed *= 0.9
             candidate.drafting.matches.relax(0.5, _RELAXED)
             candidate.drafting.shares.relax(_SHARES_PRIOR, _RELAXED)
+        for chance, prior in zip(self._confidence, _CONFIDENCE_PRIORS, strict=True):
+            chance.relax(prior, _RELAXED_FOR_ALL)
         return [[] for _ in candidates]
 
     def _look_up(self, candidates: Sequence[Candidate]) -> list[Prospect]:
@@ -318,10 +327,11 @@ class Speculator:
     def _draft(
         self, drafter: Drafter, candidates: Sequence[Candidate], plan: Plan
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """Draft while the next token is worth its time; what is not worth its row is dropped.
+        """Draft as long as some length ahead is worth more than the best so far, which is kept.
 
-        A ratio of tokens to seconds is greatest where the last token still brought at least that
-        ratio (Dinkelbach, On Nonlinear Fractional Programming, 1967).
+        A length is worth its tokens less the tokens that its time would bring at the rate that is
+        planned: where that is greatest, the rate is (Dinkelbach, On Nonlinear Fractional
+        Programming, 1967). All lengths ahead are looked at, since costs rise in steps.
         """
         count = len(candidates)
         reach = [1.0] * count
@@ -334,25 +344,33 @@ class Speculator:
             for c in candidates
         ]
         draft_seconds = drafter.cost.seconds(count)
+        most = min(POSITIONS, self._most_rows // count - 1, *(c.room for c in candidates))
         made = kept = 0
+        tokens, best = 0.0, -plan.rate * self.target.seconds(count)
 
         def goes_on(sure: Sequence[float]) -> bool:
-            nonlocal made, kept
+            nonlocal made, kept, tokens, best
             made += 1
             for i, confidence in enumerate(sure):
                 eighth = _eighth(confidence)
                 reach[i] *= chances[eighth]
                 candidates[i].drafting.shares.observe(eighth)
                 self._shares.observe(eighth)
-            rows = count * made
-            before, now, after = map(self.target.seconds, (rows, rows + count, rows + 2 * count))
-            if sum(reach) < plan.rate * (now - before):
-                return False
-            kept = made
-            hope = sum(r * mean for r, mean in zip(reach, means, strict=True))
-            return hope >= plan.rate * (draft_seconds + after - now)
+            tokens += sum(reach)
+            worth = tokens - plan.rate * self.target.seconds(count * (1 + made))
+            if worth > best:
+                best, kept = worth, made
+            hope, ahead = list(reach), tokens
+            for length in range(made + 1, most + 1):
+                hope = [h * mean for h, mean in zip(hope, means, strict=True)]
+                ahead += sum(hope)
+                seconds = self.target.seconds(count * (1 + length)) + draft_seconds * (
+                    length - made
+                )
+                if ahead - plan.rate * seconds > best:
+                    return True
+            return False
 
-        most = min(POSITIONS, self._most_rows // count - 1, *(c.room for c in candidates))
         drafts, confidences = drafter.draft(
             [c.slot for c in candidates], [c.guesser() for c in candidates], most, goes_on
         )
@@ -374,7 +392,7 @@ class Speculator:
         key = (kind, count)
         account = self._accounts.get(key)
         if account is None:
-            account = self._accounts[key] = Account()
+            account = self._accounts[key] = Account(1.0 if count == 1 else _LEAST_TOGETHER)
         return account
 
 
