@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,15 @@ def test_settings_of_other_commands_do_not_stand_in_its_way(
     assert main([*command, "--type", "Q4_0", "--config", str(config)]) == 1
 
 
+@pytest.fixture
+def _heard() -> Iterator[None]:
+    """SIGINT reaches what is started: a shell's background jobs, and theirs, ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heard")
 @pytest.mark.parametrize("program", ["mesh.cli", "worker.engine.requantize"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_nothing(tmp_path: Path, program: str, number: signal.Signals):

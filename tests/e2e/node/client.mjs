@@ -147,6 +147,7 @@ test("streamed arguments join to JSON", async () => {
   const stream = client.chat.completions.stream({
     model, messages, tools: [weather], tool_choice: "required", parallel_tool_calls: false,
     temperature: 0, max_tokens: 120,
+    user: "streams", // of another owner than the same question before, or it comes in one piece
   });
   const pieces = [];
   for await (const chunk of stream) {
