@@ -23,25 +23,24 @@ from worker.engine.speculation.costs import StepCost
 from worker.engine.speculation.drafter import Drafter
 from worker.engine.speculation.memory import Memory
 from worker.engine.speculation.ngram import Lookup
+from worker.engine.speculation.priors import (
+    MATCHES,
+    SHARES,
+    SURENESS,
+    match_class,
+    sureness_class,
+)
 
 __all__ = ("Speculator",)
 
 Kind = Literal["draft", "ngram"]
 
-_MATCH_PRIORS = ((3, 0.35), (4, 0.5), (6, 0.65), (9, 0.8), (12, 0.9), (24, 0.97))
-"""Least length of a match, and the chance at first that its next token is right."""
-
-_CONFIDENCE_PRIORS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.97)
-"""Chance at first that a draft token is right, by eighths of how sure the draft is of it."""
-
-_SHARES_PRIOR = (0.01, 0.01, 0.02, 0.02, 0.02, 0.03, 0.04, 0.85)
-"""How often, at first, a draft token is of each eighth: hopeful, so that it is tried."""
 _RELAXED = 0.01
 """Share of the way back to what is usual that a sequence's chances move in a step without drafts:
 text changes, and after some 100 tokens it is worth another try."""
 
-_RELAXED_FOR_ALL = 0.0001
-"""The same of what was learnt from all sequences."""
+_RELAXED_FOR_ALL = 0.00003
+"""The same of what was learnt from all sequences: some thousand steps, as the longest pause."""
 
 _HORIZON = 256
 """Tokens over which the time is spread, at most, that a lagging draft model takes to catch up."""
@@ -97,9 +96,9 @@ class Speculator:
         self.memory = memory
         self.counters = Counters()
         self._most_rows = most_rows
-        self._matches = [Chance(prior, weight=8.0, memory=0.99) for _, prior in _MATCH_PRIORS]
-        self._confidence = [Chance(prior, weight=8.0, memory=0.995) for prior in _CONFIDENCE_PRIORS]
-        self._shares = Shares(_SHARES_PRIOR, weight=32.0, memory=0.995)
+        self._matches = [Chance(prior, weight=8.0, memory=0.99) for _, prior in MATCHES]
+        self._confidence = [Chance(prior, weight=8.0, memory=0.995) for prior in SURENESS]
+        self._shares = Shares(SHARES, weight=32.0, memory=0.995)
         self._accounts: dict[tuple[Kind, int], Account] = {}
         self._streak = 0
         self._debt = 0.0
@@ -114,7 +113,7 @@ class Speculator:
     def begin(self, prompt: Sequence[int], owner: str) -> Drafting:
         """A sequence starts."""
         # Half of what is usual and half of a hope: texts differ, and a few drafts tell.
-        usual = zip(self._shares.shares, _SHARES_PRIOR, strict=True)
+        usual = zip(self._shares.shares, SHARES, strict=True)
         return Drafting(Lookup(prompt, self.memory, owner), [(a + b) / 2 for a, b in usual])
 
     def took(self, placement: Placement) -> None:
@@ -184,12 +183,12 @@ class Speculator:
         drafting = self._candidates[index].drafting
         if source == "draft":
             for position in range(hits + misses):
-                bucket = self._confidence[_eighth(step.sure[index][position])]
+                bucket = self._confidence[sureness_class(step.sure[index][position])]
                 bucket.observe(int(position < hits), int(position >= hits))
         elif drafting.proposal is not None:
             drafting.matches.observe(hits, misses)
             match = drafting.proposal.match
-            self._matches[_bucket(match)].observe(hits, misses)
+            self._matches[match_class(match)].observe(hits, misses)
         self.counters.count(real, hits)
         return real
 
@@ -219,8 +218,8 @@ class Speculator:
             candidate.drafting.steps += 1
             candidate.drafting.followed *= 0.9
             candidate.drafting.matches.relax(0.5, _RELAXED)
-            candidate.drafting.shares.relax(_SHARES_PRIOR, _RELAXED)
-        for chance, prior in zip(self._confidence, _CONFIDENCE_PRIORS, strict=True):
+            candidate.drafting.shares.relax(SHARES, _RELAXED)
+        for chance, prior in zip(self._confidence, SURENESS, strict=True):
             chance.relax(prior, _RELAXED_FOR_ALL)
         return [[] for _ in candidates]
 
@@ -233,7 +232,7 @@ class Speculator:
             if proposal is None:
                 prospects.append(Prospect(0.0, 0))
                 continue
-            usual = self._matches[_bucket(proposal.match)].mean
+            usual = self._matches[match_class(proposal.match)].mean
             chance = drafting.matches.blended(usual, 4.0)
             prospects.append(Prospect(chance, len(proposal.tokens)))
         return prospects
@@ -352,7 +351,7 @@ class Speculator:
             nonlocal made, kept, tokens, best
             made += 1
             for i, confidence in enumerate(sure):
-                eighth = _eighth(confidence)
+                eighth = sureness_class(confidence)
                 reach[i] *= chances[eighth]
                 candidates[i].drafting.shares.observe(eighth)
                 self._shares.observe(eighth)
@@ -402,11 +401,3 @@ def _may_catch_up(candidate: Candidate, lag: int) -> bool:
     """
     drafting = candidate.drafting
     return lag <= _SMALL_LAG or (drafting.steps >= _TRIED and drafting.followed < 0.5)
-
-
-def _bucket(match: int) -> int:
-    return max(0, sum(1 for least, _ in _MATCH_PRIORS if match >= least) - 1)
-
-
-def _eighth(confidence: float) -> int:
-    return min(7, int(confidence * 8))
