@@ -18,7 +18,8 @@ import uvloop
 from loadtests.token_emitter import Emitter
 from shared import subjects
 from shared.bus import Bus, BusMessage, BusUnavailable, Subscription
-from shared.protocol import Beat, ModelState, decode_cancel, decode_request, encode_beat
+from shared.presence import Beat, ModelState, encode_beat
+from shared.protocol import decode_cancel, decode_request
 
 __all__ = ("TokenWorker",)
 

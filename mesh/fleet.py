@@ -6,7 +6,7 @@ only calls `hear` and `hear_router`.
 
 import msgspec
 
-from shared.protocol import Beat, ModelState, RouterBeat, decode_beat, decode_router_beat
+from shared.presence import Beat, ModelState, RouterBeat, decode_beat, decode_router_beat
 
 __all__ = ("Fleet", "ModelView", "Snapshot", "WorkerOfModel")
 

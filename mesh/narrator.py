@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from shared.protocol import ModelState
+from shared.presence import ModelState
 
 __all__ = ("Narrator", "curl_line", "fraction")
 

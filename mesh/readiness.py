@@ -8,7 +8,7 @@ import msgspec
 
 from mesh.errors import CommandError
 from mesh.fleet import Fleet
-from shared.protocol import ModelState
+from shared.presence import ModelState
 
 __all__ = ("Loads", "judge", "wait_for_models", "wait_for_routers")
 

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mesh.fleet import ModelView, Snapshot
-from shared.protocol import Beat, RouterBeat
+from shared.presence import Beat, RouterBeat
 
 __all__ = ("models_table", "size_text", "status_view")
 

@@ -21,7 +21,8 @@ from router.settings import Settings
 from shared import __version__, subjects
 from shared.bus import Bus, BusMessage, BusUnavailable
 from shared.errors import MeshError, ModelNotFound, QueueFull, Unavailable
-from shared.protocol import Cancel, Request, RouterBeat, decode_beat, encode, encode_beat
+from shared.presence import RouterBeat, decode_beat, encode_beat
+from shared.protocol import Cancel, Request, encode
 
 __all__ = ("Dispatcher", "Watched")
 

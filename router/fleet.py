@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from shared.protocol import Beat, ModelState
+from shared.presence import Beat, ModelState
 
 __all__ = ("EXPIRY", "Availability", "Fleet", "ModelView")
 

@@ -1,8 +1,8 @@
-"""What travels: requests to workers, frames back, beats, cancellations.
+"""What travels for a request: the request itself, frames back, cancellations.
 
-Requests and frames are msgpack; beats are JSON, so that `nats sub` shows them. Structs on the token
-path are array-like: fields may only be appended, never reordered. Decoders ignore what they do not
-know, so that versions can be mixed during an upgrade.
+All of it is msgpack; beats are in `shared.presence`. Structs on the token path are array-like:
+fields may only be appended, never reordered. Decoders ignore what they do not know, so that
+versions can be mixed during an upgrade.
 
 Life of a request. The router publishes a `Generate` or `Embed` with a reply subject of its own
 inbox. The worker answers `Accepted` (naming itself, for cancellation) or `Busy`. Then come `Delta`
@@ -18,7 +18,6 @@ import msgspec
 __all__ = (
     "VERSION",
     "Accepted",
-    "Beat",
     "Busy",
     "Cancel",
     "ChatInput",
@@ -33,9 +32,7 @@ __all__ = (
     "Frame",
     "Generate",
     "Message",
-    "ModelState",
     "Request",
-    "RouterBeat",
     "Sampling",
     "TextInput",
     "Timings",
@@ -46,14 +43,11 @@ __all__ = (
     "ToolChoice",
     "ToolDelta",
     "Usage",
-    "decode_beat",
     "decode_cancel",
     "decode_chunk",
     "decode_frames",
     "decode_request",
-    "decode_router_beat",
     "encode",
-    "encode_beat",
 )
 
 VERSION = "1"
@@ -312,76 +306,13 @@ class Fail(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="f"):
 Frame = Accepted | Busy | Delta | Done | End | EmbedResult | Fail
 
 
-class ModelState(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One model on one worker."""
-
-    name: str
-    state: Literal["loading", "ready", "draining", "failed"]
-    slots: int = 0
-    free: int = 0
-    queued: int = 0
-    queue_limit: int = 0
-    context: int = 0
-    """Tokens a single sequence may use."""
-    kv_used: float = 0.0
-    """0 to 1."""
-    tokens_per_second: float = 0.0
-    embeddings: bool = True
-    size: int = 0
-    """Bytes of the file."""
-    created: int = 0
-    """Unix time of the file."""
-    detail: str = ""
-    """Progress while loading, the reason when failed, advice when ready."""
-    drafted: int = 0
-    accepted: int = 0
-    cached_tokens: int = 0
-    prompt_tokens: int = 0
-    drafted_at: tuple[int, ...] = ()
-    """Draft tokens verified, by their position in the draft."""
-    accepted_at: tuple[int, ...] = ()
-    gain: float = 1.0
-    """Tokens/s while speculating over what would have come without."""
-    restarts: int = 0
-
-
-class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A worker's presence, twice a second and at once on a change of state."""
-
-    worker: str
-    state: Literal["standby", "loading", "ready", "draining", "gone"]
-    sequence: int
-    models: tuple[ModelState, ...] = ()
-    host: str = ""
-    version: str = ""
-    started: float = 0.0
-    memory_total: int = 0
-    memory_used: int = 0
-
-
-class RouterBeat(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A router's presence, once a second."""
-
-    router: str
-    sequence: int
-    state: Literal["ready", "draining", "gone"] = "ready"
-    in_flight: int = 0
-    requests: int = 0
-    url: str = ""
-    version: str = ""
-    started: float = 0.0
-
-
 _encoder = msgspec.msgpack.Encoder()
-_json = msgspec.json.Encoder()
 _request: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Generate | Embed)
 _frames = msgspec.msgpack.Decoder(
     tuple[Accepted | Busy | Delta | Done | End | EmbedResult | Fail, ...]
 )
 _cancel = msgspec.msgpack.Decoder(Cancel)
 _chunk = msgspec.msgpack.Decoder(Chunk)
-_beat = msgspec.json.Decoder(Beat)
-_router_beat = msgspec.json.Decoder(RouterBeat)
 
 
 def encode(value: Any) -> bytes:
@@ -411,18 +342,3 @@ def decode_cancel(data: bytes) -> Cancel:
 def decode_chunk(data: bytes) -> Chunk:
     """Decode a chunk of a large body; raises as `decode_request`."""
     return _chunk.decode(data)
-
-
-def encode_beat(beat: Beat | RouterBeat) -> bytes:
-    """Encode a beat as JSON."""
-    return _json.encode(beat)
-
-
-def decode_beat(data: bytes) -> Beat:
-    """Decode a worker's beat; raises msgspec.DecodeError."""
-    return _beat.decode(data)
-
-
-def decode_router_beat(data: bytes) -> RouterBeat:
-    """Decode a router's beat; raises msgspec.DecodeError."""
-    return _router_beat.decode(data)

@@ -17,12 +17,8 @@ import structlog
 from shared import __version__, subjects
 from shared.bus import Bus, BusMessage, BusUnavailable
 from shared.command_line import CommandFailed
-from shared.protocol import (
-    Beat,
-    decode_cancel,
-    decode_chunk,
-    encode_beat,
-)
+from shared.presence import Beat, encode_beat
+from shared.protocol import decode_cancel, decode_chunk
 from worker import hardware
 from worker.body import Bodies, BodyError
 from worker.catalog import ModelSource

@@ -14,7 +14,8 @@ import msgspec
 import structlog
 
 from shared.bus import Bus, BusMessage
-from shared.protocol import VERSION, Accepted, Busy, Fail, ModelState, Request
+from shared.presence import ModelState
+from shared.protocol import VERSION, Accepted, Busy, Fail, Request
 from worker.admission import Admission, Admitted, Dropped, Ticket
 from worker.body import Bodies, Body, BodyError, Full
 from worker.catalog import ModelSource

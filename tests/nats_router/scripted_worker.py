@@ -8,9 +8,9 @@ import msgspec
 
 from shared import subjects
 from shared.bus import Bus, BusMessage, BusUnavailable, Subscription
+from shared.presence import Beat, ModelState, encode_beat
 from shared.protocol import (
     Accepted,
-    Beat,
     Busy,
     ChatInput,
     Chunk,
@@ -21,7 +21,6 @@ from shared.protocol import (
     Fail,
     Frame,
     Generate,
-    ModelState,
     Request,
     Timings,
     TokenInput,
@@ -30,7 +29,6 @@ from shared.protocol import (
     decode_chunk,
     decode_request,
     encode,
-    encode_beat,
 )
 
 WAIT = 20.0

@@ -17,9 +17,9 @@ import pytest
 from shared import subjects
 from shared.broker import NatsServer
 from shared.bus import Bus, BusMessage
+from shared.presence import Beat, ModelState, decode_beat
 from shared.protocol import (
     Accepted,
-    Beat,
     Busy,
     Cancel,
     Chunk,
@@ -28,10 +28,8 @@ from shared.protocol import (
     Fail,
     Frame,
     Generate,
-    ModelState,
     Sampling,
     TextInput,
-    decode_beat,
     decode_frames,
     encode,
 )

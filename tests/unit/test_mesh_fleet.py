@@ -9,7 +9,7 @@ from rich.console import Console
 from mesh.fleet import Fleet
 from mesh.readiness import judge
 from mesh.tables import models_table, size_text, status_view
-from shared.protocol import Beat, ModelState, RouterBeat, encode_beat
+from shared.presence import Beat, ModelState, RouterBeat, encode_beat
 
 
 def model(name: str = "m", state: str = "ready", **more: Any) -> ModelState:

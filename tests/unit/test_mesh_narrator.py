@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mesh.narrator import Narrator, curl_line, fraction
-from shared.protocol import ModelState
+from shared.presence import ModelState
 
 URL = "http://127.0.0.1:9337/v1"
 

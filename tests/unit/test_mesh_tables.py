@@ -4,7 +4,7 @@ from rich.console import Console
 
 from mesh.fleet import Snapshot
 from mesh.tables import status_view
-from shared.protocol import Beat, ModelState
+from shared.presence import Beat, ModelState
 
 
 def shown(*workers: Beat) -> str:
