@@ -17,11 +17,12 @@ import structlog
 from shared import __version__, subjects
 from shared.bus import Bus, BusMessage, BusUnavailable
 from shared.command_line import CommandFailed
-from shared.presence import Beat, encode_beat
+from shared.presence import Beat, LoadableModel, encode_beat
 from shared.protocol import decode_cancel, decode_chunk
 from worker import hardware
 from worker.body import Bodies, BodyError
 from worker.catalog import ModelSource
+from worker.loadable import survey
 from worker.memory_budget import MemoryBudget
 from worker.preparing import ServingSettings
 from worker.replies import Replies
@@ -72,6 +73,8 @@ class Agent:
         self._draining = False
         self._sequence = 0
         self._started = time.time()
+        self._memory = 0
+        self._able: tuple[LoadableModel, ...] = ()
 
     @property
     def engine_pids(self) -> dict[str, int | None]:
@@ -102,6 +105,7 @@ class Agent:
     async def _serve(self, bus: Bus) -> None:
         # NVML may take a second on a host with many GPUs.
         memory = self._settings.memory or await asyncio.to_thread(_free_memory)
+        self._memory = memory
         bodies = Bodies(most_bytes=BODIES_BYTES, largest=bus.max_payload)
         replies = Replies(bus, self._cancel)
         around = Surroundings(
@@ -114,7 +118,7 @@ class Agent:
             on_release=self._released.set,
         )
         self._servings = tuple(
-            Serving(source, self._settings.serving, around) for source in self._sources
+            Serving(source, self._settings.serving, around, pinned=True) for source in self._sources
         )
         identity = bus.identity
         await bus.subscribe(subjects.cancel(identity), self._on_cancel)
@@ -131,6 +135,7 @@ class Agent:
                     ("beats", self._beat(bus)),
                     ("bodies", self._expire(bodies)),
                     ("echoes", _echo(bus, echoes)),
+                    ("survey", self._survey()),
                     ("closed", self._watch(bus)),
                 )
             ]
@@ -142,6 +147,13 @@ class Agent:
             await self._leave(bus, replies)
             for task in tasks:
                 task.cancel()
+
+    async def _survey(self) -> None:
+        # In a thread: a header takes some 50 ms, and a catalog may have hundreds.
+        self._able = await asyncio.to_thread(
+            survey, self._sources, self._settings.serving, self._memory
+        )
+        self._changed.set()
 
     async def _run_model(self, serving: Serving) -> None:
         await serving.run()
@@ -230,6 +242,8 @@ class Agent:
             started=self._started,
             memory_total=memory.total,
             memory_used=memory.used,
+            able=() if gone else self._able,
+            memory_budget=self._memory,
         )
 
     async def _expire(self, bodies: Bodies) -> None:

@@ -24,7 +24,7 @@ from rich.progress import (
 
 from worker.gguf_header import split_parts
 
-__all__ = ("DownloadStopped", "HubError", "HubSource", "fetch", "parse_source")
+__all__ = ("DownloadStopped", "HubError", "HubSource", "at_hand", "fetch", "parse_source")
 
 PREFIX = "hf:"
 
@@ -64,6 +64,20 @@ def parse_source(text: str) -> HubSource:
     if match is None or ".." in match["file"].split("/"):
         raise HubError(f"{text!r}: wanted hf:owner/repo:file.gguf")
     return HubSource(match["repo"], match["file"], match["revision"])
+
+
+def at_hand(source: HubSource, cache: Path | None) -> Path | None:
+    """The (first) file if all parts of the model have been fetched before; never asks the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    paths = [
+        try_to_load_from_cache(
+            source.repo, part.as_posix(), cache_dir=cache, revision=source.revision
+        )
+        for part in split_parts(Path(source.file))
+    ]
+    found = [Path(path) for path in paths if isinstance(path, str)]
+    return found[0] if len(found) == len(paths) else None
 
 
 def fetch(

@@ -9,6 +9,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -21,7 +22,7 @@ from worker.hub import HubError, HubSource, fetch
 from worker.link import EngineConfig
 from worker.memory_budget import MemoryBudget, NotEnoughMemory
 
-__all__ = ("ServingSettings", "prepare")
+__all__ = ("Need", "Prepared", "ServingSettings", "need", "prepare")
 
 USUAL_CONTEXT = 4096
 """Tokens of one sequence that the engine sets up at most unless it is told a number."""
@@ -52,6 +53,48 @@ class ServingSettings(msgspec.Struct, frozen=True):
     command: Sequence[str] = ENGINE_COMMAND
 
 
+class Need(NamedTuple):
+    """What a model asks of a worker; bytes."""
+
+    slots: int
+    context: int
+    """Tokens of one sequence."""
+    least: int
+    """Without which it cannot be served."""
+    wish: int
+    """Beyond which it has no use for more."""
+    draft: int
+    """Its draft's; 0: it has none."""
+
+
+def need(
+    source: ModelSource, settings: ServingSettings, header: Header, draft: Header | None
+) -> Need:
+    """Estimate from the headers what a model and its draft take."""
+    options = source.options
+    slots = options.slots or settings.slots
+    asked = options.context or settings.context
+    context = asked or min(header.context_length or USUAL_CONTEXT, USUAL_CONTEXT)
+    return Need(
+        slots=slots,
+        context=context,
+        least=estimate_memory(header, cells=asked or min(context, LEAST_CELLS)),
+        # Beyond the estimate, so that what the engine adds does not cost it KV cells.
+        wish=estimate_memory(header, cells=slots * context) * 5 // 4,
+        draft=estimate_memory(draft, cells=slots * context) if draft else 0,
+    )
+
+
+class Prepared(NamedTuple):
+    """An engine that can be started."""
+
+    config: EngineConfig
+    header: Header
+    memory: int
+    """Bytes set aside for the model, its draft and its prefixes; where memory is not limited, what
+    they wish for."""
+
+
 async def prepare(
     source: ModelSource,
     settings: ServingSettings,
@@ -60,7 +103,7 @@ async def prepare(
     budget: MemoryBudget,
     stopping: threading.Event,
     tell: Callable[[str], None],
-) -> tuple[EngineConfig, Header]:
+) -> Prepared:
     """Make everything ready for an engine to start.
 
     Args:
@@ -89,15 +132,12 @@ async def prepare(
     except BaseException:
         budget.waive()
         raise
-    slots = options.slots or settings.slots
-    asked = options.context or settings.context
-    context = asked or min(header.context_length or USUAL_CONTEXT, USUAL_CONTEXT)
+    wanted = need(source, settings, header, draft)
     try:
         granted = budget.claim(
-            least=estimate_memory(header, cells=asked or min(context, LEAST_CELLS)),
-            # Beyond the estimate, so that what the engine adds does not cost it KV cells.
-            wish=estimate_memory(header, cells=slots * context) * 5 // 4,
-            draft=estimate_memory(draft, cells=slots * context) if draft else 0,
+            least=wanted.least,
+            wish=wanted.wish,
+            draft=wanted.draft,
             prefixes=settings.prefix_memory,
         )
     except NotEnoughMemory as error:
@@ -109,8 +149,8 @@ async def prepare(
         path=str(path),
         model=source.name,
         worker=worker,
-        slots=slots,
-        context=asked,
+        slots=wanted.slots,
+        context=options.context or settings.context,
         threads=options.threads or settings.threads,
         gpu_layers=ALL_LAYERS if gpu_layers < 0 else gpu_layers,
         step_tokens=options.step_tokens or 512,
@@ -121,7 +161,8 @@ async def prepare(
         draft=draft.path if draft is not None and granted.draft else "",
         speculation=speculation,
     )
-    return config, header
+    memory = (granted.model or wanted.wish) + (wanted.draft if granted.draft else 0)
+    return Prepared(config, header, memory + granted.prefixes)
 
 
 async def _choose_draft(

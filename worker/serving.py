@@ -9,6 +9,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import msgspec
 import structlog
@@ -31,6 +32,8 @@ from worker.replies import Replies
 
 __all__ = ("Serving", "Surroundings")
 
+State = Literal["loading", "ready", "draining", "failed"]
+
 _log = structlog.get_logger()
 
 
@@ -52,10 +55,17 @@ class Serving:
     """Serves one model; `run` returns only when it cannot be served."""
 
     def __init__(
-        self, source: ModelSource, settings: ServingSettings, around: Surroundings
+        self,
+        source: ModelSource,
+        settings: ServingSettings,
+        around: Surroundings,
+        *,
+        pinned: bool = False,
     ) -> None:
         options = source.options
         self.name = source.name
+        self.last_use = 0.0
+        """Unix time of the last moment at which an attempt was in; 0: none so far."""
         self.failure = ""
         """Why the model cannot be served; empty while it can, or might."""
         self._source = source
@@ -70,6 +80,10 @@ class Serving:
         self._ready: Ready | None = None
         self._stats = EngineStats(0, 0, 0.0)
         self._detail = "waiting"
+        self._pinned = pinned
+        self._memory = 0
+        self._state: State = "loading"
+        self._since = time.time()
         self._rate = _Rate()
         self._log = _log.bind(model=source.name)
 
@@ -96,7 +110,7 @@ class Serving:
     async def _serve(self) -> None:
         around = self._around
         try:
-            config, self._header = await prepare(
+            config, self._header, self._memory = await prepare(
                 self._source,
                 self._settings,
                 worker=around.bus.identity,
@@ -204,17 +218,12 @@ class Serving:
         admission, header, stats = self._admission, self._header, self._stats
         ready = self._can_serve and self._doors.open
         advice = self._ready.advice if self._ready else ""
+        now = time.time()
+        if self.busy:
+            self.last_use = now
         state = ModelState(
             name=self.name,
-            state=(
-                "failed"
-                if self.failure
-                else "draining"
-                if admission.draining
-                else "ready"
-                if ready
-                else "loading"
-            ),
+            state=self._look(ready, now),
             slots=admission.slots,
             free=admission.free if ready and not admission.draining else 0,
             queued=admission.queued,
@@ -234,6 +243,11 @@ class Serving:
             accepted_at=stats.accepted_at,
             gain=round(stats.gain, 3),
             restarts=self._engine.restarts if self._engine else 0,
+            memory=self._memory,
+            busy=self.busy,
+            since=self._since,
+            last_use=self.last_use,
+            pinned=self._pinned,
         )
         return tuple(
             msgspec.structs.replace(state, name=name) if name != self.name else state
@@ -279,6 +293,21 @@ class Serving:
     def _can_serve(self) -> bool:
         return self._engine is not None and self._engine.ready
 
+    def _look(self, ready: bool, now: float) -> State:
+        """The state, with the moment noted at which it changed."""
+        state: State = (
+            "failed"
+            if self.failure
+            else "draining"
+            if self._admission.draining
+            else "ready"
+            if ready
+            else "loading"
+        )
+        if state != self._state:
+            self._state, self._since = state, now
+        return state
+
     def _wanted(self) -> Wanted:
         serve = self._can_serve
         # While draining the own door stays open: who knocks is told at once to go elsewhere.
@@ -315,6 +344,7 @@ class Serving:
         was_full = self._admission.free == 0
         ticket = self._admission.release(attempt, time.monotonic())
         if ticket is not None:
+            self.last_use = time.time()
             self._around.on_release()
             if was_full:
                 self._doors.poke()

@@ -150,3 +150,21 @@ async def test_an_agent_whose_nats_is_gone_for_good_says_so(start, monkeypatch):
     bus.closed.set()
     with pytest.raises(AgentFailed, match="closed for good"):
         await running.task
+
+
+async def test_a_beat_tells_what_could_be_loaded_and_what_is_set_aside(start, router):
+    await start("tiny", "other", memory=10**9)
+    beat = await router.beat("worker-1", lambda b: bool(b.able))
+    assert [model.name for model in beat.able] == ["other", "tiny"]
+    assert beat.memory_budget == 10**9
+    tiny = next(model for model in beat.models if model.name == "tiny")
+    assert 0 < tiny.memory <= 10**9 // 2
+    assert tiny.pinned
+    assert tiny.last_use == 0.0
+    asked = await router.ask("hold")
+    await asked.accepted()
+    used = await router.model("worker-1", lambda m: m.busy == 1)
+    assert used.last_use >= used.since > 0
+    await router.cancel("worker-1", asked.attempt)
+    after = await router.model("worker-1", lambda m: m.busy == 0)
+    assert (after.since, after.state) == (used.since, "ready")

@@ -46,8 +46,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Prepared:
-    def __init__(self, config: EngineConfig, logged: list) -> None:
+    def __init__(self, config: EngineConfig, memory: int, logged: list) -> None:
         self.config = config
+        self.memory = memory
         self.logged = logged
 
     @property
@@ -62,7 +63,7 @@ def prepared(folder: Path) -> Callable:
     ) -> Prepared:
         (source,) = read_catalog(folder).choose((name,))
         with structlog.testing.capture_logs() as logged:
-            config, _ = await prepare(
+            config, _, memory = await prepare(
                 source,
                 settings,
                 worker="worker-1",
@@ -70,7 +71,7 @@ def prepared(folder: Path) -> Callable:
                 stopping=threading.Event(),
                 tell=lambda _: None,
             )
-        return Prepared(config, logged)
+        return Prepared(config, memory, logged)
 
     return run
 
@@ -128,9 +129,10 @@ async def test_memory_is_claimed_for_both_or_the_draft_is_left_out(folder: Path,
     draft = estimate_memory(small, cells=2 * 256)
     result = await prepared(memory=wish + draft)
     assert (result.draft, result.config.memory_limit) == ("small.gguf", wish)
+    assert result.memory == wish + draft
     tight = estimate_memory(big, cells=256)
     result = await prepared(memory=tight)
-    assert (result.draft, result.config.memory_limit) == ("", tight)
+    assert (result.draft, result.config.memory_limit, result.memory) == ("", tight, tight)
     (line,) = result.logged
     assert (line["event"], line["model"], line["draft"]) == ("draft.left_out", "big", "small.gguf")
     assert "no memory" in line["reason"]
@@ -163,6 +165,12 @@ async def test_prefixes_get_what_the_model_leaves_of_its_memory(
 async def test_prefixes_get_all_they_wish_where_memory_is_unlimited(prepared):
     config = (await prepared()).config
     assert (config.prefix_memory, config.memory_limit) == (512 << 20, 0)
+
+
+async def test_where_memory_is_unlimited_what_is_wished_for_is_set_aside(folder: Path, prepared):
+    settings = ServingSettings(slots=2, context=256, speculation="off", prefix_memory=PREFIXES)
+    wish = estimate_memory(read_header(folder / "big.gguf"), cells=2 * 256) * 5 // 4
+    assert (await prepared(settings=settings)).memory == wish + PREFIXES
 
 
 async def test_a_draft_goes_before_prefixes(folder: Path, prepared):

@@ -1,0 +1,86 @@
+"""What this worker could load: the models of its catalog whose files are at hand and fit.
+
+Told in every beat, so that each worker and router knows what the fleet could serve, and the memory
+that it would take. Nothing is downloaded for it, and llama.cpp is not asked: a header is read for
+each file, so that what is told is an estimate of the kind that the loading itself starts from.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import structlog
+
+from shared.presence import LoadableModel
+from worker.catalog import ModelSource
+from worker.drafts import find_draft, read_candidates
+from worker.gguf_header import GgufError, Header, read_header
+from worker.hub import HubSource, at_hand
+from worker.preparing import ServingSettings, need
+
+__all__ = ("survey",)
+
+PREFIX_SHARE = 4
+"""Of a model's bytes, one part in so many is set aside for prefixes at most: they are a help, and a
+small model should not keep others out with them."""
+
+_log = structlog.get_logger()
+
+
+def survey(
+    sources: Sequence[ModelSource], settings: ServingSettings, memory: int
+) -> tuple[LoadableModel, ...]:
+    """List the models that could be loaded into `memory` bytes, each alone; by name. Blocks.
+
+    A model that wants more than there is, is told with all of `memory`, as long as the least that
+    it needs is there. One whose file is broken or too large is left out and logged.
+    """
+    found: list[LoadableModel] = []
+    for source in sources:
+        path = _path(source.file, settings.cache)
+        if path is None:
+            continue
+        try:
+            header = read_header(path)
+        except GgufError as error:
+            _log.warning("model.not_loadable", model=source.name, reason=str(error))
+            continue
+        wanted = need(source, settings, header, _draft(source, settings, header))
+        if wanted.least > memory:
+            _log.warning(
+                "model.not_loadable",
+                model=source.name,
+                reason=f"it needs {wanted.least} bytes, there are {memory}",
+            )
+            continue
+        engine = wanted.wish + wanted.draft
+        prefixes = min(settings.prefix_memory, engine // PREFIX_SHARE)
+        found.append(
+            LoadableModel(
+                name=source.name,
+                memory=min(memory, engine + prefixes),
+                context=wanted.context,
+                slots=wanted.slots,
+                size=header.size,
+                created=header.modified,
+                embeddings=source.options.embeddings,
+                aliases=source.options.aliases,
+            )
+        )
+    return tuple(sorted(found, key=lambda model: model.name))
+
+
+def _draft(source: ModelSource, settings: ServingSettings, target: Header) -> Header | None:
+    if (source.options.speculation or settings.speculation) != "auto":
+        return None
+    if source.draft is None:
+        return find_draft(target, read_candidates(source.candidates, most_bytes=target.size))
+    path = _path(source.draft, settings.cache)
+    try:
+        return None if path is None else read_header(path)
+    except GgufError:
+        # The model is served without it, and the loading says so.
+        return None
+
+
+def _path(file: Path | HubSource, cache: Path | None) -> Path | None:
+    return file if isinstance(file, Path) else at_hand(file, cache)
