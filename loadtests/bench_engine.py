@@ -100,7 +100,7 @@ class _Load:
 class _Engine:
     """A load on the engine that runs only within windows; the process is stopped between them.
 
-    What is looked at after each step is looked at in the driver's callback, without a task woken:
+    What is looked at after steps is looked at in the driver's callback, without a task woken:
     with as many compute threads as cores, the driver's time is the engine's.
     """
 
@@ -125,15 +125,14 @@ class _Engine:
 
     async def window(self, seconds: float) -> tuple[int, float]:
         """Go on for about `seconds`, from step to step: tokens and seconds; raises as `begin`."""
-        before, began, now, steps = 0, 0.0, 0.0, 0
+        before, began, now = 0, 0.0, 0.0
 
         def over() -> bool:
-            nonlocal before, began, now, steps
+            nonlocal before, began, now
             now = time.perf_counter()
             if not began:  # it was stopped in the middle of this step
                 before, began = self._load.tokens, now
                 return False
-            steps += 1
             # Until then nothing is to be done, nor timed.
             idle = min(self._load.steps_to_next() * self._pace, began + seconds - now)
             if idle > _WATCHED_STEPS * self._pace:
@@ -144,25 +143,26 @@ class _Engine:
         os.kill(self._driver.pid, signal.SIGCONT)
         await self._until(over)
         os.kill(self._driver.pid, signal.SIGSTOP)
+        tokens = self._load.tokens - before
         # the fastest, lest an answer ends unseen where the machine has become faster
-        self._pace = min(self._pace, 0.8 * (now - began) / steps)
-        return self._load.tokens - before, now - began
+        self._pace = min(self._pace, 0.8 * (now - began) * self._streams / tokens)
+        return tokens, now - began
 
     async def end(self) -> None:
         """Drop the streams, and let them leave their slots."""
         os.kill(self._driver.pid, signal.SIGCONT)
-        self._driver.after_step = None
+        self._driver.after_reading = None
         self._load.cancel()
         await asyncio.sleep(0.4)
 
     async def _until(self, reached: Callable[[], bool]) -> None:
         future = self._reached = asyncio.get_running_loop().create_future()
 
-        def after_step() -> None:
+        def after_reading() -> None:
             if not future.done() and reached():
                 future.set_result(None)
 
-        self._driver.after_step = after_step
+        self._driver.after_reading = after_reading
         async with asyncio.timeout(120):
             await future
 

@@ -30,7 +30,7 @@ from worker.link import (
     EngineConfig,
     EngineStats,
     Failed,
-    Loading,
+    FromEngine,
     Ready,
     Step,
     Stop,
@@ -98,12 +98,11 @@ class EngineDriver:
         self.stats: EngineStats | None = None
         """Of the last step."""
         self.ready: Ready | None = None
-        self.after_step: Callable[[], None] | None = None
-        """Called when the frames of one engine step have been handed out."""
+        self.after_reading: Callable[[], None] | None = None
+        """Called when the frames of all the steps that had come have been handed out."""
         self.pid = 0
         self._process: asyncio.subprocess.Process | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._reading: asyncio.Task[None] | None = None
+        self._link = _Link(self._take, self._after_reading, self._ended)
         self._receivers: dict[int, Callable[[ToDriver], None]] = {}
         self._load: asyncio.Future[Ready] | None = None
         self._reason = "the engine process ended"
@@ -128,10 +127,10 @@ class EngineDriver:
             )
         self.pid = self._process.pid
         ours.setblocking(False)
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._load = asyncio.get_running_loop().create_future()
-        self._reading = asyncio.create_task(self._read(reader))
-        self._writer.write(pack(self.config))
+        loop = asyncio.get_running_loop()
+        self._load = loop.create_future()
+        await loop.create_connection(lambda: self._link, sock=ours)
+        self._send(self.config)
         try:
             async with asyncio.timeout(timeout):
                 self.ready = await self._load
@@ -177,15 +176,7 @@ class EngineDriver:
 
         Where compute threads use all cores, each message read takes time from them.
         """
-        assert self._writer is not None
-        transport = cast(asyncio.ReadTransport, self._writer.transport)  # of a socket, both
-        if transport.is_reading():
-            transport.pause_reading()
-            asyncio.get_running_loop().call_later(seconds, self._go_on, transport)
-
-    def _go_on(self, transport: asyncio.ReadTransport) -> None:
-        if not transport.is_closing():
-            transport.resume_reading()
+        self._link.rest(seconds)
 
     async def stop(self) -> None:
         """End the process, by force if it does not go by itself."""
@@ -201,36 +192,21 @@ class EngineDriver:
             except TimeoutError:
                 process.kill()
                 await process.wait()
-        if self._reading is not None:
-            await asyncio.wait({self._reading}, timeout=_STOP_SECONDS)
-        if self._writer is not None:
-            self._writer.close()
+        async with asyncio.timeout(_STOP_SECONDS):
+            await self._link.closed()
         self._process = None
 
     def _send(self, message: object) -> None:
-        if self._writer is None or self._writer.is_closing():
+        if not self._link.open:
             raise EngineDied(self._reason)
-        self._writer.write(pack(message))
+        self._link.write(pack(message))
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
-        try:
-            while True:
-                (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
-                self._take(decode_from_engine(await reader.readexactly(length)))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            self._ended()
-        except msgspec.DecodeError as error:
-            self._reason = f"the engine sent what is no message: {error}"
-            self._ended()
-
-    def _take(self, message: Loading | Ready | Step | Failed) -> None:
+    def _take(self, message: FromEngine) -> None:
         if isinstance(message, Step):
             self.stats = message.stats
             for mail in message.mail:
                 for frame in decode_frames(mail.frames):
                     self._hand_out(frame)
-            if self.after_step is not None:
-                self.after_step()
         elif isinstance(message, Ready):
             assert self._load is not None
             if not self._load.done():
@@ -246,14 +222,95 @@ class EngineDriver:
             del self._receivers[frame.attempt]
         receive(frame)
 
-    def _ended(self) -> None:
+    def _after_reading(self) -> None:
+        if self.after_reading is not None:
+            self.after_reading()
+
+    def _ended(self, reason: str) -> None:
+        self._reason = reason or self._reason
         if self._load is not None and not self._load.done():
             self._load.set_exception(EngineDied(self._reason))
         receivers, self._receivers = self._receivers, {}
         for receive in receivers.values():
             receive(None)
-        if self._writer is not None:
-            self._writer.close()
+
+
+class _Link(asyncio.Protocol):
+    """The link's socket: messages are taken apart as bytes arrive, many at a time after a rest."""
+
+    def __init__(
+        self,
+        take: Callable[[FromEngine], None],
+        after_reading: Callable[[], None],
+        ended: Callable[[str], None],
+    ) -> None:
+        self._take = take
+        self._after_reading = after_reading
+        self._ended = ended
+        self._transport: asyncio.Transport | None = None
+        self._closed = asyncio.Event()
+        self._data = bytearray()
+
+    @property
+    def open(self) -> bool:
+        """Whether anything can be sent."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.Protocol."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        self._data += data
+        start, view = 0, bytes(self._data)
+        while len(view) - start >= LENGTH.size:
+            begin = start + LENGTH.size
+            end = begin + LENGTH.unpack_from(view, start)[0]
+            if end > len(view):
+                break
+            try:
+                self._take(decode_from_engine(view[begin:end]))
+            except msgspec.DecodeError as error:
+                self._ended(f"the engine sent what is no message: {error}")
+                self.close()
+                return
+            start = end
+        if start:
+            del self._data[:start]
+            self._after_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self._closed.set()
+        self._ended("")
+
+    def write(self, data: bytes) -> None:
+        """Send bytes."""
+        assert self._transport is not None
+        self._transport.write(data)
+
+    def rest(self, seconds: float) -> None:
+        """Read nothing for so long."""
+        transport = self._transport
+        if transport is not None and transport.is_reading():
+            transport.pause_reading()
+            asyncio.get_running_loop().call_later(seconds, self._go_on, transport)
+
+    def _go_on(self, transport: asyncio.Transport) -> None:
+        if not transport.is_closing():
+            transport.resume_reading()
+
+    def close(self) -> None:
+        """Close the socket, if it is open."""
+        if self._transport is not None:
+            self._transport.close()
+
+    async def closed(self) -> None:
+        """Close the socket, and wait until it is."""
+        if self._transport is not None:
+            self._transport.close()
+            await self._closed.wait()
 
 
 def new_attempt() -> int:
