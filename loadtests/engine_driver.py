@@ -96,7 +96,7 @@ class EngineDriver:
             prefix_memory=prefix_memory,
         )
         self.stats: EngineStats | None = None
-        """Of the last step."""
+        """As told last."""
         self.ready: Ready | None = None
         self.after_reading: Callable[[], None] | None = None
         """Called when the frames of all the steps that had come have been handed out."""
@@ -203,7 +203,7 @@ class EngineDriver:
 
     def _take(self, message: FromEngine) -> None:
         if isinstance(message, Step):
-            self.stats = message.stats
+            self.stats = message.stats or self.stats
             for mail in message.mail:
                 for frame in decode_frames(mail.frames):
                     self._hand_out(frame)

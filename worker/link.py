@@ -135,11 +135,14 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="t"):
-    """What one step emitted, and the attempts that are over (their slots are free)."""
+    """What one step emitted, and the attempts that are over (their slots are free).
+
+    The load is told when an attempt ends, and now and then.
+    """
 
     mail: tuple[Mail, ...]
     ended: tuple[int, ...]
-    stats: EngineStats
+    stats: EngineStats | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="f"):

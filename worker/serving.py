@@ -278,7 +278,7 @@ class Serving:
         replies = self._around.replies
         for mail in step.mail:
             replies.post(mail.reply, mail.frames)
-        self._stats = step.stats
+        self._stats = step.stats or self._stats
         for attempt in step.ended:
             self._release(attempt)
 

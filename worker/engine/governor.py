@@ -3,8 +3,8 @@
 llama.cpp's threads wait for each other hundreds of times a step, so that a step of two threads of
 which one shares its core with a busy process takes three times as long, and longer than a step of
 one thread (`docs/benchmarks.md`). Now and then a step is tried with the next fewer or next more
-threads. What a try loses is paid from an allowance of a hundredth of the time, so that looking
-costs no more than that; a try that gains is repeated, and then that is the number of threads.
+threads. What a try loses is paid from an allowance of a few thousandths of the time, which bounds
+what looking costs; a try that gains is repeated, and then that is the number of threads.
 """
 
 from collections import deque
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 __all__ = ("Governor", "rungs")
 
-ALLOWANCE = 0.008
+ALLOWANCE = 0.006
 """Of the time of steps, what tries may lose."""
 REMEMBERED = 16
 """Steps by which the present speed is judged."""

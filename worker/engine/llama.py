@@ -183,6 +183,17 @@ class Batch:
         self.output[row:end] = 0
         return end
 
+    def fill_decoding(
+        self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]
+    ) -> int:
+        """Put one row with output for each slot; returns the number of rows."""
+        rows = len(slots)
+        self.slot[:rows] = slots
+        self.token[:rows] = tokens
+        self.position[:rows] = positions
+        self.output[:rows] = 1
+        return rows
+
 
 class _State(NamedTuple):
     data: Any

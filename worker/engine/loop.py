@@ -22,7 +22,7 @@ from worker.engine.outbox import Outbox
 from worker.engine.prefixes import Prefixes
 from worker.engine.scheduler import Pace, plan
 from worker.engine.sequence import Job, NoTokenLeft, Sequence
-from worker.engine.slots import Placement, Slots, hole
+from worker.engine.slots import Placement, Slot, Slots, hole
 from worker.engine.speculation.candidates import Candidate
 from worker.engine.speculation.speculator import Speculator
 from worker.engine.threads import Threads
@@ -231,15 +231,57 @@ class Loop:
         remaining = [_remaining(s) for s in running]
         decoding = remaining.count(1)
         drafts: Drafts[list[int]] = ()
-        if decoding == len(running) and self._speculator is not None:
+        alone = decoding == len(running)
+        if alone:
             running.sort(key=_index)
-            drafts = self._draft(self._speculator)
-        rows_of = plan(remaining, self._pace.budget(decoding))
+            if self._speculator is not None:
+                drafts = self._draft(self._speculator)
+        speculating = any(drafts)
+        if alone and not speculating:
+            rows, sampled = self._fill_decoding()
+        else:
+            rows, sampled = self._fill(plan(remaining, self._pace.budget(decoding)), drafts)
+        # an idle prefill, with no row in this step, leaves it one of decoding alone
+        alone = alone or rows == decoding
+        self._threads.choose(prefill=not alone)
+        began = time.perf_counter()
+        code = self._context.decode(self._batch, rows)
+        if code != 0:
+            raise RuntimeError(f"llama_decode returned {code} for {rows} rows")
+        seconds = time.perf_counter() - began
+        if alone:
+            self._threads.measured(rows, seconds)
+        if not speculating:
+            self._pace.measured(decoding, rows - decoding, seconds)
+        self._steps += 1
+        if sampled:
+            before = self._completion_tokens
+            self._advance(sampled)
+            if alone and self._speculator is not None:
+                self._speculator.finished(self._completion_tokens - before, seconds, rows)
+
+    def _fill_decoding(self) -> tuple[int, list[_Sampled]]:
+        """A row for each sequence; what most steps are, and so done with few operations."""
+        slots: list[Slot] = [s.slot for s in self._running if s.slot is not None]
+        ends = [len(slot.tokens) for slot in slots]
+        rows = self._batch.fill_decoding(
+            [slot.index for slot in slots],
+            [slot.tokens[-1] for slot in slots],
+            [slot.cached for slot in slots],
+        )
+        for slot, end in zip(slots, ends, strict=True):
+            slot.cached = end
+        return rows, [
+            _Sampled(sequence, [], end) for sequence, end in zip(self._running, ends, strict=True)
+        ]
+
+    def _fill(self, rows_of: Drafts[int], drafts: Drafts[list[int]]) -> tuple[int, list[_Sampled]]:
+        """So many rows of each sequence, with its draft behind the last; returns rows in all."""
+        running, batch = self._running, self._batch
         # ascending slots, so that llama.cpp finds them consecutive
         order = sorted(
             (i for i, rows in enumerate(rows_of) if rows), key=lambda i: _index(running[i])
         )
-        batch = self._batch
         row = 0
         sampled: list[_Sampled] = []
         for i in order:
@@ -253,22 +295,7 @@ class Loop:
                 batch.output[row - 1 - len(draft) : row] = 1
                 sampled.append(_Sampled(sequence, draft, end))
             slot.cached = end
-        self._threads.choose(prefill=decoding < len(order))
-        began = time.perf_counter()
-        code = self._context.decode(batch, row)
-        if code != 0:
-            raise RuntimeError(f"llama_decode returned {code} for {row} rows")
-        seconds = time.perf_counter() - began
-        if decoding == len(order):
-            self._threads.measured(row, seconds)
-        if not any(drafts):
-            self._pace.measured(decoding, row - decoding, seconds)
-        self._steps += 1
-        if sampled:
-            before = self._completion_tokens
-            self._advance(sampled)
-            if decoding == len(order) and self._speculator is not None:
-                self._speculator.finished(self._completion_tokens - before, seconds, row)
+        return row, sampled
 
     def _draft(self, speculator: Speculator) -> Drafts[list[int]]:
         candidates = []

@@ -35,7 +35,16 @@ Logits = NDArray[np.float32]
 class Sampler:
     """Penalties and biases of one sequence, with the counts they need."""
 
-    __slots__ = ("_bias", "_counts", "_counts_of", "_params", "_window", "greedy", "plain")
+    __slots__ = (
+        "_bias",
+        "_counts",
+        "_counts_of",
+        "_params",
+        "_window",
+        "greedy",
+        "plain",
+        "unchanging",
+    )
 
     def __init__(self, params: Sampling, prompt: Sequence[int], end_tokens: frozenset[int]) -> None:
         self._params = params
@@ -52,6 +61,8 @@ class Sampler:
         self.greedy = params.temperature == 0
         self.plain = not (self._counts_of or repeats or bias)
         """Nothing here changes the logits."""
+        self.unchanging = not (self._counts_of or repeats)
+        """Nothing here depends on the tokens emitted: `accept` is of no use."""
 
     def adjust(self, row: Logits) -> None:
         """Apply bias and penalties in place."""
