@@ -1,0 +1,185 @@
+"""How many replicas of a model are wanted, and why. Pure; where they go is `shared.packing`.
+
+**The first replica** is wanted while requests wait, or while the model is held and was used within
+`IDLE_AFTER`. Without use it goes, down to the minimum.
+
+**More of them.** With `load` requests in flight on average, `load + sqrt(load)` slots are wanted:
+square-root staffing (Halfin and Whitt, "Heavy-Traffic Limits for Queues with Many Exponential
+Servers", 1981), by which about one request in five has to wait for a slot at all, however large the
+model's traffic is. One replica of 8 slots is enough up to a load of 5.4.
+
+**Fewer.** A replica goes when even `sustained + 4 * sqrt(sustained)` slots are there without it: a
+load of 2.1 where 8 slots would be left, of 45 where 72 would. Requests in flight are Poisson with a
+standard deviation of sqrt(load), of which a mean over 10 s (`load`) keeps at most nine tenths for
+answers of a minute, half for answers of 5 s; so between more and fewer lie 3.3 deviations or more,
+and a steady load changes nothing. A replica too many costs nobody anything meanwhile: a model that
+has none may have it evicted.
+
+**Bursts.** A replica that loads counts. While the first one loads, nothing is added, however many
+wait for it; later at most as many as are ready already (so that they double), and none before the
+newest has been ready for `SETTLE`, for until then the load does not show what it does.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from shared.demand import Demand
+from shared.snapshot import ModelSettings
+
+__all__ = (
+    "DEFAULT_TIMING",
+    "DRAIN",
+    "EVICT_AFTER",
+    "IDLE_AFTER",
+    "LEAST_STAY",
+    "SETTLE",
+    "Replica",
+    "Timing",
+    "Want",
+    "enough",
+    "idle_for",
+    "spare",
+    "want",
+)
+
+IDLE_AFTER = 60.0
+"""Seconds after its last use at which a model is idle."""
+EVICT_AFTER = 10.0
+"""Seconds after its last use at which a model that others need the room of may go."""
+LEAST_STAY = 30.0
+"""Seconds a replica is ready before it may be evicted: what was loaded serves, and two models that
+take turns are not loaded for every request."""
+SETTLE = 10.0
+"""Seconds a new replica gets to take its part of the load before more are added."""
+
+DRAIN = 5.0
+"""Seconds in which what drains is expected to be gone; room is made elsewhere after that."""
+
+
+class Timing(NamedTuple):
+    """The times of the rules, in seconds."""
+
+    idle_after: float = IDLE_AFTER
+    evict_after: float = EVICT_AFTER
+    least_stay: float = LEAST_STAY
+    settle: float = SETTLE
+    drain: float = DRAIN
+
+
+DEFAULT_TIMING = Timing()
+
+
+class Replica(NamedTuple):
+    """One replica, from a lease, a holding, or both. Sorts in the order in which replicas stay.
+
+    The order is by lease, which compare-and-set made unique: even two workers with different
+    views agree on which of them goes.
+    """
+
+    loose: bool
+    """Not pinned."""
+    number: float
+    """Of the lease; infinite where there is none."""
+    worker: str
+    ready: bool
+    since: float
+    busy: int
+    memory: int
+    seen: bool
+    """Whether the worker itself tells of it."""
+
+
+class Want(NamedTuple):
+    """How many replicas of one model there should be."""
+
+    model: str
+    replicas: int
+    present: int
+    """Those that load or are ready."""
+    floor: int
+    """Those that stay without any use: minimum or pinned."""
+    reason: str
+
+
+def enough(load: float, slots: int) -> int:
+    """Replicas that `load` requests in flight need."""
+    return math.ceil((load + math.sqrt(load)) / slots)
+
+
+def spare(load: float, slots: int) -> int:
+    """Replicas beyond which there are too many for a load of so much."""
+    return math.ceil((load + 4 * math.sqrt(load)) / slots)
+
+
+def want(
+    settings: ModelSettings,
+    demand: Demand,
+    slots: int,
+    replicas: Sequence[Replica],
+    pins: int,
+    now: float,
+    timing: Timing = DEFAULT_TIMING,
+) -> Want:
+    """How many replicas of a model are wanted now.
+
+    Args:
+        settings: the operator's.
+        demand: all routers'.
+        slots: of one replica, 1 or more.
+        replicas: those that load or are ready, on workers that take roles.
+        pins: of how many workers it is known that the model is pinned to them.
+        now: unix time.
+        timing: the times of the rules.
+    """
+    present = len(replicas)
+    floor = max(settings.minimum, pins)
+    ceiling = max(floor, settings.maximum) if settings.maximum else None
+    idle = idle_for(demand, replicas, now)
+    if idle >= timing.idle_after and not demand.waiting:
+        reason = f"idle for {idle:.0f} s" if present > floor else "idle"
+        return Want(settings.model, floor, present, floor, reason)
+    count, reason = _by_load(demand, slots, replicas, now, timing)
+    if count < floor:
+        return Want(settings.model, floor, present, floor, f"at least {floor}")
+    if ceiling is not None and count > ceiling:
+        return Want(settings.model, ceiling, present, floor, f"at most {ceiling}; {reason}")
+    return Want(settings.model, count, present, floor, reason)
+
+
+def idle_for(demand: Demand, replicas: Sequence[Replica], now: float) -> float:
+    """Seconds since the last use; 0 while one is in or waits, or where a replica still loads.
+
+    A replica that has just become ready counts as used then: what took long to load is not thrown
+    away the moment it is there.
+    """
+    if demand.waiting or demand.running:
+        return 0.0
+    last = demand.last_use
+    for replica in replicas:
+        if replica.busy or not replica.ready:
+            return 0.0
+        if replica.since > last:
+            last = replica.since
+    return max(0.0, now - last)
+
+
+def _by_load(
+    demand: Demand, slots: int, replicas: Sequence[Replica], now: float, timing: Timing
+) -> tuple[int, str]:
+    present = len(replicas)
+    if not present:
+        if demand.waiting:
+            return 1, f"{demand.waiting} waiting since {now - demand.waiting_since:.1f} s"
+        return 0, "not held, nobody waits"
+    up = enough(demand.load, slots)
+    if up > present:
+        ready = [replica.since for replica in replicas if replica.ready]
+        if not ready or len(ready) < present or now - max(ready) < timing.settle:
+            return present, f"load {demand.load:.1f}, until what loads shows its effect"
+        count = min(up, 2 * present)
+        return count, f"load {demand.load:.1f} on {present * slots} slots"
+    most = max(1, spare(max(demand.load, demand.sustained), slots))
+    if present > most:
+        return most, f"load {demand.load:.1f}, sustained {demand.sustained:.1f}"
+    return present, "in use"
