@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import sys
 import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Literal, cast
@@ -24,6 +23,7 @@ from shared.protocol import (
     decode_frames,
     encode,
 )
+from worker.engine_process import ENGINE_COMMAND, tied
 from worker.link import (
     LENGTH,
     CancelAttempts,
@@ -53,7 +53,7 @@ class EngineDied(Exception):
 
 
 class EngineDriver:
-    """One engine process, driven the way the agent drives it.
+    """One engine process, driven the way the agent drives it, that dies with this one.
 
     `start` returns when the model has generated a real token. `submit` yields a request's frames up
     to and including its last one; `ask` hands them to a function, which costs the driver a third of
@@ -117,11 +117,7 @@ class EngineDriver:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "worker.engine",
-                "--fd",
-                str(theirs.fileno()),
+                *tied((*ENGINE_COMMAND, "--fd", str(theirs.fileno()))),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
             )

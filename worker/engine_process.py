@@ -42,6 +42,7 @@ __all__ = (
     "EngineGaveUp",
     "EngineProcess",
     "last_words",
+    "tied",
 )
 
 ENGINE_COMMAND = (sys.executable, "-m", "worker.engine")
@@ -185,7 +186,7 @@ class EngineProcess:
         ours, theirs = socket.socketpair()
         try:
             process = await asyncio.create_subprocess_exec(
-                *_tied(self._command),
+                *tied(self._command),
                 "--fd",
                 str(theirs.fileno()),
                 pass_fds=(theirs.fileno(),),
@@ -332,7 +333,7 @@ class _Link(asyncio.Protocol):
         self.closed.set()
 
 
-def _tied(command: Sequence[str]) -> tuple[str, ...]:
+def tied(command: Sequence[str]) -> tuple[str, ...]:
     """The command line of a child that the kernel kills when this process dies."""
     if sys.platform != "linux":
         return tuple(command)
