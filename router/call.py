@@ -6,28 +6,29 @@ runs as a task.
 
     asking --Accepted--> running --End, Fail, lost, late, left--> over
       |  ^
-      |  | 503, Busy: the queue group again, then the workers' own doors by load
+      |  | 503, Busy: where `router.search` says next
+      +--+
+      |  ^
+      |  | nobody serves the model yet: held (`router.waiting`) until somebody does
       +--+
 """
 
 import asyncio
 import time
-from collections.abc import Coroutine
-from typing import Any, Protocol
 
 import msgspec
 
-from router.fleet import Fleet
-from router.inbox import Inbox
+from router.desk import Desk, Sink
+from router.envelope import chunks, envelope
+from router.orphan import Orphan
+from router.search import STALE_INTEREST, Search, Why
 from router.secret import attempt_number
-from router.settings import Settings
 from shared import subjects
 from shared.assembly import Assembly
-from shared.bus import Bus, BusUnavailable
+from shared.bus import BusUnavailable
 from shared.errors import (
     DeadlineExceeded,
     MeshError,
-    PayloadTooLarge,
     Unavailable,
     WorkerFailed,
     error_from_code,
@@ -36,8 +37,6 @@ from shared.protocol import (
     VERSION,
     Accepted,
     Busy,
-    ChatInput,
-    Chunk,
     Delta,
     EmbedResult,
     End,
@@ -45,90 +44,14 @@ from shared.protocol import (
     Frame,
     Generate,
     Request,
-    TextInput,
-    encode,
 )
 
-__all__ = ("CHUNK", "Call", "Desk", "Sink")
+__all__ = ("Call",)
 
-CHUNK = 256 * 1024
-"""Larger bodies follow their head in pieces of this size, so that small messages pass between."""
-GROUP_TRIES = 3
-STALE_INTEREST = 0.0015
-"""Seconds for which a new subscription may be unknown to another NATS node."""
 SUSPICION = 5.0
 """Seconds within which a stream must go on after the connection to NATS was interrupted."""
-ORPHAN_LIFE = 60.0
 
 _HEADERS = {"Mesh-Version": VERSION}
-
-
-class Sink(Protocol):
-    """Who gets what becomes of a call."""
-
-    def frame(self, part: int, frame: Frame) -> None:
-        """Take a frame that counts: Delta, Done, End or EmbedResult, in order, without gaps."""
-        ...
-
-    def fail(self, error: MeshError) -> None:
-        """The call has ended without an answer."""
-        ...
-
-
-class Desk(Protocol):
-    """What a call needs of its dispatcher."""
-
-    bus: Bus
-    inbox: Inbox
-    fleet: Fleet
-    settings: Settings
-
-    def spawn(self, job: Coroutine[Any, Any, None]) -> None:
-        """Run something beside."""
-        ...
-
-    def cancel(self, worker: str, attempt: int) -> None:
-        """Tell a worker that an attempt is not wanted."""
-        ...
-
-    def nobody(self, model: str, busy: list[float]) -> MeshError:
-        """Why no worker takes a request."""
-        ...
-
-
-class Orphan:
-    """An attempt that was given up before any worker named itself: cancelled when one does."""
-
-    __slots__ = ("_desk", "_until", "attempt")
-
-    def __init__(self, desk: Desk, attempt: int) -> None:
-        self._desk = desk
-        self.attempt = attempt
-        self._until = time.monotonic() + ORPHAN_LIFE
-
-    def receive(self, frame: Frame) -> None:
-        """Cancel at the worker that has taken it."""
-        if isinstance(frame, Accepted):
-            self._desk.cancel(frame.worker, self.attempt)
-        self._desk.inbox.forget(self.attempt, self)
-
-    def no_responders(self) -> None:
-        """Nobody got it."""
-        self._desk.inbox.forget(self.attempt, self)
-
-    def tick(self, now: float, wall: float) -> None:
-        """Give up after a while."""
-        if now > self._until:
-            self._desk.inbox.forget(self.attempt, self)
-
-    def broken(self) -> None:
-        """Nothing to break."""
-
-    def lost(self, worker: str, why: str) -> None:
-        """Nothing to lose."""
-
-    def interrupted(self, now: float) -> None:
-        """Nothing to lose."""
 
 
 class Call:
@@ -137,74 +60,118 @@ class Call:
     __slots__ = (
         "_asked_at",
         "_assembly",
+        "_began",
         "_body",
-        "_busy",
         "_choices",
         "_desk",
-        "_group_tries",
+        "_held",
         "_moving",
         "_part",
-        "_refused",
         "_request",
+        "_search",
         "_seen",
         "_seen_at",
         "_sink",
         "_suspect",
         "_target",
+        "accepted_at",
         "over",
+        "position",
+        "was_held",
     )
 
-    def __init__(self, desk: Desk, request: Request, sink: Sink, part: int) -> None:
+    def __init__(
+        self, desk: Desk, request: Request, sink: Sink, part: int, cache_key: str = ""
+    ) -> None:
         self._desk = desk
         self._request = request
         self._sink = sink
         self._part = part
         self._choices = request.n if isinstance(request, Generate) else 1
         self._assembly = Assembly(request.attempt, self._choices)
+        self._search = Search(desk.fleet, request, cache_key)
         self._body = b""
         self._target = ""
-        self._group_tries = 0
         self._moving = False
-        self._refused: set[str] = set()
-        self._busy: list[float] = []
+        self._held = False
+        self._began = False
         self._asked_at = 0.0
         self._seen = 0
         self._seen_at = 0.0
         self._suspect = False
         self.over = False
+        self.was_held = False
+        self.accepted_at = 0.0
+        """When a worker took it (monotonic); 0: none has said so yet."""
+        self.position = 0
+        """Its place in the worker's queue when it was taken; 0: it ran at once."""
+
+    @property
+    def worker(self) -> str:
+        """Who has it; empty: nobody yet."""
+        return self._assembly.worker
+
+    @property
+    def reason(self) -> Why:
+        """Why it was asked where it was asked last."""
+        return self._search.reason
+
+    @property
+    def candidates(self) -> int:
+        """Workers among which was chosen last; 0: none was known."""
+        return self._search.candidates
 
     # Asking
 
     async def begin(self) -> None:
-        """Publish the first try.
+        """Publish the first try, or be held.
 
         Raises:
-            MeshError: it cannot be sent.
+            MeshError: it cannot be sent, or nobody takes it.
         """
         try:
-            await self._ask_group()
+            await self._ask_next()
         except MeshError:
             self._close()
             raise
 
-    async def _ask_group(self) -> None:
-        self._group_tries += 1
+    async def _ask_next(self) -> None:
+        door = self._search.next(self._request.attempt)
+        if door is not None:
+            self._target = door.worker
+            await self._ask(door.subject)
+            return
+        model, busy = self._request.model, self._search.busy
+        if not self._desk.hold(model, self, busy, again=self.was_held):
+            raise self._desk.nobody(model, busy)
+        self._held = self.was_held = True
         self._target = ""
-        await self._ask(subjects.infer(self._request.model))
+        self._asked_at = 0.0
+        # So that it goes on hearing the time pass.
+        self._desk.inbox.register(self._request.attempt, self)
+        self._desk.demand.waits(model)
+
+    def resume(self) -> None:
+        """Somebody may take it now; it is not held any more."""
+        self._stop_waiting()
+        self._search.begin_anew()
+        self._move_on(pause=0.0)
+
+    def refuse(self, error: MeshError) -> None:
+        """It was held in vain."""
+        self._fail(error)
+
+    def _stop_waiting(self) -> None:
+        if self._held:
+            self._held = False
+            self._desk.waiting.leave(self._request.model, self)
+            self._desk.demand.waits_no_more(self._request.model)
 
     async def _ask(self, subject: str) -> None:
         desk = self._desk
         request = self._request
         reply = desk.inbox.register(request.attempt, self)
-        body = encode(request)
-        if len(body) > CHUNK:
-            if len(body) > desk.bus.max_payload:
-                raise PayloadTooLarge(
-                    f"The request takes {len(body)} bytes on the wire; "
-                    f"the limit (NATS's max_payload) is {desk.bus.max_payload} bytes."
-                )
-            self._body = body
-            body = encode(_head(request, len(body)))
+        body, self._body = envelope(request, desk.bus.max_payload)
         headers = _HEADERS
         if request.traceparent:
             headers = _HEADERS | {"traceparent": request.traceparent}
@@ -219,13 +186,12 @@ class Call:
         if self.over or self._heard:
             return
         if self._target:
-            self._refused.add(self._target)
-        self._move_on(pause=STALE_INTEREST)
+            self._search.refuse(self._target)
+        # A door that was closed stays closed; the group may have a member unknown to our server.
+        self._move_on(pause=0.0 if self._target else STALE_INTEREST)
 
     def _busy_worker(self, frame: Busy) -> None:
-        self._refused.add(frame.worker)
-        if frame.reason == "full":
-            self._busy.append(frame.retry_after)
+        self._search.refused(frame)
         self._renew()
         self._move_on(pause=0.0)
 
@@ -235,27 +201,20 @@ class Call:
             self._desk.spawn(self._ask_on(pause=pause))
 
     async def _ask_on(self, *, pause: float) -> None:
-        """Ask the next: the group a few times, then each worker's own door."""
+        """Ask the next."""
         await asyncio.sleep(pause)
         self._moving = False
         if self.over:
             return
         try:
-            if self._group_tries < GROUP_TRIES:
-                await self._ask_group()
-                return
-            workers = self._desk.fleet.candidates(self._request.model)
-            worker = next((name for name in workers if name not in self._refused), None)
-            if worker is None:
-                raise self._desk.nobody(self._request.model, self._busy)
-            self._target = worker
-            await self._ask(subjects.infer_direct(self._request.model, worker))
+            await self._ask_next()
         except MeshError as error:
             self._fail(error)
 
     def _renew(self) -> None:
         """Take a new attempt number: the old one is known to a worker that is out of it."""
         self._desk.inbox.forget(self._request.attempt, self)
+        self._stop_running()
         self._request = msgspec.structs.replace(self._request, attempt=attempt_number())
         self._assembly = Assembly(self._request.attempt, self._choices)
 
@@ -263,13 +222,11 @@ class Call:
         """Send what the head announced, to the worker that has accepted it."""
         body, self._body = self._body, b""
         subject = subjects.body(self._assembly.worker)
-        attempt = self._request.attempt
         try:
-            for index, start in enumerate(range(0, len(body), CHUNK)):
+            for piece in chunks(self._request.attempt, body):
                 if self.over:
                     return
-                chunk = Chunk(attempt, index, body[start : start + CHUNK])
-                await self._desk.bus.publish(subject, encode(chunk))
+                await self._desk.bus.publish(subject, piece)
                 await asyncio.sleep(0)
         except BusUnavailable as error:
             self._fail(WorkerFailed(f"The request could not be brought to its worker: {error}."))
@@ -293,6 +250,7 @@ class Call:
 
     def _control(self, frame: Frame) -> None:
         if isinstance(frame, Accepted):
+            self._accepted(frame)
             if self._body:
                 self._desk.spawn(self._send_body())
         elif isinstance(frame, Busy):
@@ -305,8 +263,22 @@ class Call:
             )
         else:
             if isinstance(frame, End | EmbedResult):
+                self._desk.demand.generated(self._request.model, frame.usage.completion)
                 self._close()
             self._sink.frame(self._part, frame)
+
+    def _accepted(self, frame: Accepted) -> None:
+        self.accepted_at = time.monotonic()
+        self.position = frame.position
+        self._began = True
+        self._desk.demand.began(self._request.model)
+        # The group's choice is known only now.
+        self._search.take(frame.worker)
+
+    def _stop_running(self) -> None:
+        if self._began:
+            self._began = False
+            self._desk.demand.ended(self._request.model)
 
     # Ending
 
@@ -323,6 +295,8 @@ class Call:
         settings = self._desk.settings
         if wall > self._request.deadline:
             self._give_up(DeadlineExceeded("The request's time is up."))
+        elif self._held:
+            return
         elif not self._heard:
             if self._asked_at and now - self._asked_at > settings.accept_timeout:
                 self._ask_another()
@@ -349,7 +323,7 @@ class Call:
     def _ask_another(self) -> None:
         """Leave a try behind that led to nothing, and ask somebody else."""
         if self._target:
-            self._refused.add(self._target)
+            self._search.refuse(self._target)
         self._abandon()
         self._renew()
         self._asked_at = 0.0
@@ -357,8 +331,10 @@ class Call:
 
     def interrupted(self, now: float) -> None:
         """The connection was away: what was asked may be lost, and so may any frame."""
+        if self._held:
+            return
         if sum(self._assembly.counts.values()) == 0:
-            self._group_tries = 0
+            self._search.begin_anew()
             self._ask_another()
         else:
             self._suspect = True
@@ -384,6 +360,8 @@ class Call:
 
     def _abandon(self) -> None:
         """See to it that no worker goes on with the current attempt."""
+        if self._held:
+            return
         attempt = self._request.attempt
         if self._assembly.worker:
             self._desk.cancel(self._assembly.worker, attempt)
@@ -399,11 +377,9 @@ class Call:
     def _close(self) -> None:
         self.over = True
         self._body = b""
+        self._stop_waiting()
+        self._search.release()
+        self._stop_running()
+        if self._desk.waiting:
+            self._desk.waiting.look((self._request.model,))
         self._desk.inbox.forget(self._request.attempt, self)
-
-
-def _head(request: Request, size: int) -> Request:
-    if isinstance(request, Generate):
-        empty = ChatInput(()) if isinstance(request.input, ChatInput) else TextInput("")
-        return msgspec.structs.replace(request, input=empty, body_size=size)
-    return msgspec.structs.replace(request, inputs=(), body_size=size)

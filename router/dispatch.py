@@ -14,15 +14,21 @@ from typing import Any, Literal, Protocol
 import msgspec
 import structlog
 
-from router.call import Call, Sink
+from router.call import Call
+from router.demand import Demand
+from router.desk import Sink
 from router.fleet import Fleet
 from router.inbox import Inbox
+from router.pings import Pings
 from router.settings import Settings
+from router.waiting import Held, WaitingRoom
 from shared import __version__, subjects
 from shared.bus import Bus, BusMessage, BusUnavailable
+from shared.distance import Distances
 from shared.errors import MeshError, ModelNotFound, QueueFull, Unavailable
 from shared.presence import RouterBeat, decode_beat, encode_beat
 from shared.protocol import Cancel, Request, encode
+from shared.routing import Routing
 
 __all__ = ("Dispatcher", "Watched")
 
@@ -32,8 +38,8 @@ SWEEP_INTERVAL = 0.25
 OWN_STALL = 1.0
 """Seconds without a sweep after which nobody else is blamed for silence yet."""
 BEAT_INTERVAL = 1.0
-LOADING_RETRY = 5
-"""Seconds after which to ask again for a model that is being loaded."""
+FAR_RETRY = 10
+"""Seconds after which to ask again for a model whose workers are all too far away."""
 HEARD_ALL = 0.7
 """Seconds of listening after which every live worker has been heard; they beat every 0.5 s."""
 
@@ -52,7 +58,15 @@ class Dispatcher:
     def __init__(self, bus: Bus, settings: Settings) -> None:
         self.bus = bus
         self.settings = settings
-        self.fleet = Fleet()
+        self.distances = Distances(settings.max_rtt)
+        self.fleet = Fleet(
+            self.distances, Routing(load_bound=settings.load_bound, far=settings.far)
+        )
+        self.demand = Demand(settings.name, self.fleet)
+        self.waiting = WaitingRoom(
+            self.fleet, per_model=settings.held_per_model, in_all=settings.held_in_all
+        )
+        self.pings = Pings(bus, self.distances, self.fleet.workers)
         self.inbox = Inbox(bus.inbox)
         self.watched: set[Watched] = set()
         self.draining = False
@@ -72,7 +86,7 @@ class Dispatcher:
         self._listening_since = time.monotonic()
         async with self.inbox.listening(self.bus), asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            for job in (self._sweep, self._beat, self._cancel):
+            for job in (self._sweep, self._beat, self._cancel, self.pings.run):
                 self.spawn(job())
             try:
                 yield
@@ -100,14 +114,17 @@ class Dispatcher:
         self._owned.add(task)
         task.add_done_callback(self._owned.discard)
 
-    async def place(self, request: Request, sink: Sink, part: int) -> Call:
+    async def place(self, request: Request, sink: Sink, part: int, cache_key: str = "") -> Call:
         """Send a request to a worker; what becomes of it is told to the sink.
+
+        `cache_key` is what the client calls its conversation; empty: nothing.
 
         Raises:
             MeshError: it cannot be sent at all.
         """
-        call = Call(self, request, sink, part)
+        call = Call(self, request, sink, part, cache_key)
         self.placed += 1
+        self.demand.requested(request.model)
         await call.begin()
         return call
 
@@ -130,19 +147,40 @@ class Dispatcher:
                 f"All workers of the model '{model}' are busy and their queues are full.",
                 retry_after=min(60, max(1, math.ceil(min(busy)))),
             )
-        view = self.fleet.model(model)
-        if view is not None and view.state == "loading":
+        pool = self.fleet.pool(model)
+        if pool is not None and not pool.candidates:
             return Unavailable(
-                f"The model '{model}' is still being loaded.", retry_after=LOADING_RETRY
+                f"All workers of the model '{model}' are farther away than "
+                f"{self.distances.cap * 1000:g} ms.",
+                retry_after=FAR_RETRY,
             )
-        if view is not None:
-            return Unavailable(f"No worker serves the model '{model}' now.", retry_after=2)
+        if self.fleet.model(model) is not None:
+            failure = self.fleet.failure(model)
+            why = f": {failure}" if failure and pool is None else ""
+            return Unavailable(f"No worker serves the model '{model}' now{why}.", retry_after=2)
         if self.fleet.empty():
             return Unavailable("No worker is connected.", retry_after=2)
         served = ", ".join(f"'{name}'" for name in self.fleet.served()) or "no model"
         return ModelNotFound(
             f"The model '{model}' does not exist here. Served now: {served}.", param="model"
         )
+
+    def hold(self, model: str, call: Held, busy: list[float], *, again: bool) -> bool:
+        """Keep a request until its model is served; False: there is no hope of it.
+
+        A model that is served, but full, is no reason to wait, except for those who have waited
+        for it already.
+
+        Raises:
+            Unavailable: too many wait.
+        """
+        if (busy and not again) or not self.fleet.hopeful(model):
+            return False
+        pool = self.fleet.pool(model)
+        if pool is not None and not pool.candidates:
+            return False
+        self.waiting.enter(model, call, again=again)
+        return True
 
     def _on_beat(self, message: BusMessage) -> None:
         try:
@@ -155,6 +193,10 @@ class Dispatcher:
             return
         if not self.fleet.observe(beat, time.monotonic()):
             self._lose(beat.worker, "has left")
+            return
+        self.pings.met(beat.worker)
+        if self.waiting:
+            self.waiting.look(model.name for model in beat.models)
 
     def _lose(self, worker: str, why: str) -> None:
         for receiver in self.inbox.receivers():
@@ -171,6 +213,7 @@ class Dispatcher:
                     log.warning("worker.lost", worker=worker)
                     self._lose(worker, "stopped answering")
             # else it was us who slept, and the beats of that time are still to be read
+            self.waiting.sweep(now, lambda model: self.nobody(model, []))
             wall = time.time()
             for receiver in self.inbox.receivers():
                 receiver.tick(now, wall)

@@ -6,20 +6,31 @@ that "nobody is there" can be told from "never heard of".
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
 
-from shared.presence import Beat, ModelState
+from shared.distance import Distances
+from shared.presence import Beat, LoadableModel, ModelState
+from shared.routing import Pool, Routing
 
 __all__ = ("EXPIRY", "Availability", "Fleet", "ModelView")
 
 EXPIRY = 2.0
 REMEMBERED = 1024
+MOST_NAMES = 4096
+"""Names and aliases of models that workers could load."""
 
-_STATE_ORDER = {"ready": 0, "draining": 1, "loading": 2, "failed": 3}
-
-Availability = Literal["ready", "draining", "loading", "failed", "unavailable"]
+Availability = Literal["ready", "draining", "loading", "loadable", "failed", "unavailable"]
+_ORDER: tuple[Availability, ...] = (
+    "ready",
+    "draining",
+    "loading",
+    "loadable",
+    "failed",
+    "unavailable",
+)
 
 
 class ModelView(msgspec.Struct, frozen=True):
@@ -27,24 +38,34 @@ class ModelView(msgspec.Struct, frozen=True):
 
     name: str
     state: Availability
-    """The best that any worker says, or `unavailable` when no worker is left."""
+    """The best that any worker says; `loadable`: none serves it, but one could; `unavailable`: it
+    was served once, and no worker is left that could."""
     workers: int
     context: int
     created: int
     embeddings: bool
+    size: int = 0
 
 
 class _Seen(msgspec.Struct):
     beat: Beat
     at: float
+    ready: frozenset[str]
+    able: dict[str, LoadableModel]
+    """By name and by alias."""
 
 
 class Fleet:
     """Workers, their models, and the names that were once served."""
 
-    def __init__(self) -> None:
+    def __init__(self, distances: Distances | None = None, routing: Routing | None = None) -> None:
+        self.distances = Distances() if distances is None else distances
+        self._routing = routing
         self._workers: dict[str, _Seen] = {}
+        self._pools: dict[str, Pool] = {}
         self._remembered: OrderedDict[str, ModelState] = OrderedDict()
+        self._own_names: dict[str, str] = {}
+        """By name and by alias; kept when the last worker has left, so that counts match."""
 
     def observe(self, beat: Beat, now: float) -> bool:
         """Take a beat into account; False if that worker has said goodbye.
@@ -59,20 +80,41 @@ class Fleet:
         ):
             return True
         if beat.state == "gone":
-            self._workers.pop(beat.worker, None)
+            self._drop(beat.worker)
             return False
-        self._workers[beat.worker] = _Seen(beat, now)
+        serves = beat.state not in ("draining", "standby")
+        ready: list[str] = []
         for model in beat.models:
-            if model.state == "ready":
-                self._remember(model)
+            if model.state != "ready":
+                continue
+            self._remember(model)
+            if serves:
+                ready.append(model.name)
+                self._offer(beat.worker, model)
+        names = frozenset(ready)
+        if seen is not None and seen.beat.able == beat.able:
+            able = seen.able
+        else:
+            able = self._learn(beat.able)
+        if seen is not None:
+            self._withdraw(beat.worker, seen.ready - names)
+        self._workers[beat.worker] = _Seen(beat, now, names, able)
         return True
 
     def expire(self, now: float) -> list[str]:
         """Forget the workers that have fallen silent, and name them."""
         lost = [name for name, seen in self._workers.items() if now - seen.at > EXPIRY]
         for name in lost:
-            del self._workers[name]
+            self._drop(name)
         return lost
+
+    def beats(self) -> Iterator[Beat]:
+        """What each worker said last."""
+        return (seen.beat for seen in self._workers.values())
+
+    def workers(self) -> list[str]:
+        """The workers whose beats arrive."""
+        return list(self._workers)
 
     def alive(self, worker: str) -> bool:
         """Whether this worker's beats arrive."""
@@ -86,53 +128,126 @@ class Fleet:
         """Whether the model is or was served by anybody."""
         return model in self._remembered
 
-    def candidates(self, model: str) -> list[str]:
-        """The workers that serve the model now, the one with the most room first."""
-        ranked = [
-            (state.queued - state.free, state.kv_used, name)
-            for name, seen in self._workers.items()
-            if seen.beat.state not in ("draining", "standby")
-            for state in seen.beat.models
-            if state.name == model and state.state == "ready"
-        ]
-        return [name for _, _, name in sorted(ranked)]
+    def pool(self, model: str) -> Pool | None:
+        """The workers that serve the model now; None: there are none."""
+        return self._pools.get(model)
+
+    def canonical(self, model: str) -> tuple[str, bool]:
+        """The model's own name, of which this may be an alias, and whether anybody knows it."""
+        name = self._own_names.get(model)
+        if name is None:
+            return model, model in self._remembered
+        return name, True
+
+    def loadable(self, model: str) -> LoadableModel | None:
+        """What a worker says that could load the model of this name or alias."""
+        found = (seen.able.get(model) for seen in self._workers.values())
+        return next((able for able in found if able is not None), None)
+
+    def loading(self, model: str) -> list[ModelState]:
+        """What the workers say that are loading it."""
+        return [state for state in self._states(model) if state.state == "loading"]
+
+    def hopeful(self, model: str) -> bool:
+        """Whether a worker loads it, or could and has not failed to."""
+        for seen in self._workers.values():
+            states = {state.state for state in seen.beat.models if state.name == model}
+            if "loading" in states or (model in seen.able and "failed" not in states):
+                return True
+        return False
+
+    def failure(self, model: str) -> str:
+        """Why a worker cannot serve it; empty: none says so."""
+        states = (state.detail for state in self._states(model) if state.state == "failed")
+        return next(states, "")
 
     def served(self) -> list[str]:
         """Names of the models that at least one worker serves now."""
-        return [view.name for view in self.models() if view.state == "ready"]
+        return sorted(self._pools)
 
     def models(self) -> list[ModelView]:
         """Every known model, those that are ready first, then by name."""
-        views = {name: self._view(name, state) for name, state in self._remembered.items()}
+        states: dict[str, list[ModelState]] = {name: [] for name in self._remembered}
+        able: dict[str, LoadableModel] = {}
         for seen in self._workers.values():
             for state in seen.beat.models:
-                if state.name not in views:
-                    views[state.name] = self._view(state.name, state)
-        return sorted(views.values(), key=lambda view: (view.state != "ready", view.name))
+                states.setdefault(state.name, []).append(state)
+            for name, model in seen.able.items():
+                states.setdefault(name, [])
+                able.setdefault(name, model)
+        views = [self._view(name, live, able.get(name)) for name, live in states.items()]
+        return sorted(views, key=lambda view: (view.state != "ready", view.name))
 
     def model(self, name: str) -> ModelView | None:
         """One model, if it is known."""
-        return next((view for view in self.models() if view.name == name), None)
+        live = self._states(name)
+        able = self.loadable(name)
+        if not live and able is None and name not in self._remembered:
+            return None
+        return self._view(name, live, able)
 
-    def _view(self, name: str, last: ModelState) -> ModelView:
-        live = [
+    def _states(self, model: str) -> list[ModelState]:
+        return [
             state
             for seen in self._workers.values()
             for state in seen.beat.models
-            if state.name == name
+            if state.name == model
         ]
-        best = min(live, key=lambda state: _STATE_ORDER[state.state], default=None)
+
+    def _view(self, name: str, live: list[ModelState], able: LoadableModel | None) -> ModelView:
+        best = min(live, key=lambda state: _ORDER.index(state.state), default=None)
+        last = best or self._remembered.get(name)
+        state: Availability = best.state if best else "unavailable"
+        if able is not None and _ORDER.index("loadable") < _ORDER.index(state):
+            state = "loadable"
+        contexts = [s.context for s in live if s.context]
+        created = [s.created for s in live if s.created]
+        if able is not None:
+            contexts, created = contexts or [able.context], created or [able.created]
+        if last is not None:
+            contexts, created = contexts or [last.context], created or [last.created]
         return ModelView(
             name=name,
-            state=best.state if best else "unavailable",
+            state=state,
             workers=sum(state.state == "ready" for state in live),
-            context=max((state.context for state in live), default=last.context),
-            created=min((s.created for s in live if s.created), default=last.created),
-            embeddings=(best or last).embeddings,
+            context=max(contexts, default=0),
+            created=min(created, default=0),
+            embeddings=able.embeddings
+            if last is None and able
+            else last is None or last.embeddings,
+            size=max([s.size for s in live] + ([able.size] if able else []), default=0),
         )
+
+    def _offer(self, worker: str, model: ModelState) -> None:
+        pool = self._pools.get(model.name)
+        if pool is None:
+            pool = self._pools[model.name] = Pool(self.distances, self._routing)
+        load = model.slots - model.free + model.queued
+        pool.update(worker, slots=model.slots, load=load, context=model.context)
+
+    def _withdraw(self, worker: str, models: frozenset[str]) -> None:
+        for name in models:
+            pool = self._pools[name]
+            pool.remove(worker)
+            if not len(pool):
+                del self._pools[name]
+
+    def _drop(self, worker: str) -> None:
+        seen = self._workers.pop(worker, None)
+        if seen is not None:
+            self._withdraw(worker, seen.ready)
+            self.distances.forget(worker)
 
     def _remember(self, model: ModelState) -> None:
         self._remembered[model.name] = model
         self._remembered.move_to_end(model.name)
         while len(self._remembered) > REMEMBERED:
             self._remembered.popitem(last=False)
+
+    def _learn(self, able: tuple[LoadableModel, ...]) -> dict[str, LoadableModel]:
+        named = {name: model for model in able for name in (model.name, *model.aliases)}
+        for name, model in named.items():
+            self._own_names[name] = model.name
+        while len(self._own_names) > MOST_NAMES:
+            del self._own_names[next(iter(self._own_names))]
+        return named

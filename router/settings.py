@@ -2,6 +2,8 @@
 
 import msgspec
 
+from shared.distance import CAP
+
 __all__ = ("Settings",)
 
 MIB = 1024 * 1024
@@ -27,5 +29,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How long a worker may fall silent between two tokens."""
     reader_timeout: float = 60.0
     """How long a client may leave a full connection unread."""
+    max_rtt: float = CAP
+    """Round trip beyond which a worker gets nothing while a nearer one serves the model."""
+    far: bool = False
+    """Whether workers beyond it are used where no nearer one serves the model."""
+    load_bound: float = 1.25
+    """How far above the mean load a worker may be and still get its own conversations."""
+    held_per_model: int = 256
+    """Requests that may wait for one model to be brought up."""
+    held_in_all: int = 1024
     held_limit: int = MIB
     """Most that is kept for a client that reads slower than its answer is made."""

@@ -27,6 +27,7 @@ __all__ = ("Choice", "Pool", "Reason", "Routing")
 
 SAME_DISTANCE = 0.010
 """Seconds of round trip within which two workers are equally near."""
+_ENDLESS = 1 << 62
 SCANNED = 32
 """Most workers that are compared for the least loaded; of more, so many are drawn."""
 
@@ -84,6 +85,7 @@ class Pool:
         self._version = -1
         self._near = True
         self._least_context = 0
+        self._contexts_differ = False
         # Sums over the eligible, kept up to date by `_count`.
         self._load = 0
         self._slots = 0
@@ -100,6 +102,18 @@ class Pool:
         """The workers that may be chosen by their distance."""
         self._refresh()
         return tuple(self._eligible)
+
+    @property
+    def candidates(self) -> int:
+        """How many those are."""
+        self._refresh()
+        return len(self._eligible)
+
+    @property
+    def contexts_differ(self) -> bool:
+        """Whether it matters how long a request is."""
+        self._refresh()
+        return self._contexts_differ
 
     @property
     def free(self) -> int:
@@ -277,6 +291,6 @@ class Pool:
         self._load = sum(m.load for m in members.values())
         self._slots = sum(m.slots for m in members.values())
         self._free = sum(max(0, m.slots - m.load) for m in members.values())
-        self._least_context = min(
-            (m.context for m in members.values() if m.context), default=1 << 62
-        )
+        contexts = {m.context for m in members.values() if m.context}
+        self._least_context = min(contexts, default=_ENDLESS)
+        self._contexts_differ = len(contexts) > 1

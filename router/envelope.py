@@ -1,0 +1,43 @@
+"""A request as bytes: in one message, or a head that announces a body in pieces."""
+
+from collections.abc import Iterator
+
+import msgspec
+
+from shared.errors import PayloadTooLarge
+from shared.protocol import ChatInput, Chunk, Generate, Request, TextInput, encode
+
+__all__ = ("CHUNK", "chunks", "envelope")
+
+CHUNK = 256 * 1024
+"""Larger bodies follow their head in pieces of this size, so that small messages pass between."""
+
+
+def envelope(request: Request, limit: int) -> tuple[bytes, bytes]:
+    """What to publish, and the body that has to follow (empty: none).
+
+    Raises:
+        PayloadTooLarge: it exceeds the limit, in bytes.
+    """
+    body = encode(request)
+    if len(body) <= CHUNK:
+        return body, b""
+    if len(body) > limit:
+        raise PayloadTooLarge(
+            f"The request takes {len(body)} bytes on the wire; "
+            f"the limit (NATS's max_payload) is {limit} bytes."
+        )
+    return encode(_head(request, len(body))), body
+
+
+def chunks(attempt: int, body: bytes) -> Iterator[bytes]:
+    """The body in pieces, as messages."""
+    for index, start in enumerate(range(0, len(body), CHUNK)):
+        yield encode(Chunk(attempt, index, body[start : start + CHUNK]))
+
+
+def _head(request: Request, size: int) -> Request:
+    if isinstance(request, Generate):
+        empty = ChatInput(()) if isinstance(request.input, ChatInput) else TextInput("")
+        return msgspec.structs.replace(request, input=empty, body_size=size)
+    return msgspec.structs.replace(request, inputs=(), body_size=size)

@@ -1,0 +1,135 @@
+"""Where one request is asked: which worker's door, or the queue group, and where next.
+
+The queue group takes whoever has a free slot, known or not, so that it is asked only while nobody
+has to be kept out: first where one worker is known, or all are thought to be full and one may have
+become free since; last where everybody known has refused.
+"""
+
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+from router.conversation import conversation_key, rough_tokens
+from router.fleet import Fleet
+from shared import subjects
+from shared.protocol import Busy, Generate, Request
+from shared.routing import Pool, Reason
+
+__all__ = ("STALE_INTEREST", "Door", "Search", "Why")
+
+GROUP_TRIES = 3
+STALE_INTEREST = 0.0015
+"""Seconds for which a new subscription may be unknown to another NATS node."""
+
+Why = Reason | Literal["queue_group"]
+
+_group = lru_cache(maxsize=4096)(subjects.infer)
+_door = lru_cache(maxsize=16_384)(subjects.infer_direct)
+
+
+class Door(NamedTuple):
+    """A subject to ask on."""
+
+    subject: str
+    worker: str
+    """Whose door it is; empty: the group's."""
+
+
+class Search:
+    """The way of one request through the workers of its model."""
+
+    __slots__ = (
+        "_cache_key",
+        "_fleet",
+        "_group_tries",
+        "_key",
+        "_model",
+        "_pool",
+        "_refused",
+        "_request",
+        "_slots",
+        "_taken",
+        "_tokens",
+        "busy",
+        "candidates",
+        "reason",
+    )
+
+    def __init__(self, fleet: Fleet, request: Request, cache_key: str) -> None:
+        self._fleet = fleet
+        self._model = request.model
+        # Only looked at where there is a choice: most meshes have one worker a model.
+        self._request: Request | None = request
+        self._cache_key = cache_key
+        self._key: int | None = None
+        self._tokens = 0
+        self._slots = request.n if isinstance(request, Generate) else 1
+        self._refused: set[str] = set()
+        self._group_tries = 0
+        self._pool: Pool | None = None
+        self._taken = ""
+        self.busy: list[float] = []
+        """Seconds after which those who are full want to be asked again."""
+        self.reason: Why = "queue_group"
+        self.candidates = 0
+
+    def next(self, draw: int) -> Door | None:
+        """The door to ask at now; None: there is none left."""
+        self.release()
+        pool = self._fleet.pool(self._model)
+        if pool is None:
+            return self._ask_group() if self._group_tries < GROUP_TRIES else None
+        candidates = self.candidates = pool.candidates
+        open_to_all = pool.all_eligible
+        if open_to_all and not self._group_tries and (candidates == 1 or not pool.free):
+            return self._ask_group()
+        if candidates > 1 and self._request is not None:
+            request, self._request = self._request, None
+            self._key = conversation_key(request, self._cache_key)
+            self._tokens = rough_tokens(request) if pool.contexts_differ else 0
+        choice = pool.choose(self._key, tokens=self._tokens, refused=self._refused, draw=draw)
+        if choice is not None:
+            self.reason = choice.reason
+            self.take(choice.worker)
+            return Door(_door(self._model, choice.worker), choice.worker)
+        if open_to_all and not self.busy and self._group_tries < GROUP_TRIES:
+            return self._ask_group()
+        return None
+
+    def _ask_group(self) -> Door:
+        self._group_tries += 1
+        self.reason = "queue_group"
+        return Door(_group(self._model), "")
+
+    def take(self, worker: str) -> None:
+        """Count the request as this worker's, until `release`."""
+        if self._taken:
+            return
+        pool = self._fleet.pool(self._model)
+        if pool is not None:
+            pool.placed(worker, self._slots)
+            self._pool, self._taken = pool, worker
+
+    def release(self) -> None:
+        """It is no worker's any more."""
+        if self._pool is not None:
+            self._pool.ended(self._taken, self._slots)
+            self._pool, self._taken = None, ""
+
+    def refuse(self, worker: str) -> None:
+        """Do not ask this worker again."""
+        self._refused.add(worker)
+
+    def refused(self, busy: Busy) -> None:
+        """A worker has said that it does not take it."""
+        self._refused.add(busy.worker)
+        if busy.reason == "full":
+            self.busy.append(busy.retry_after)
+            if (pool := self._fleet.pool(self._model)) is not None:
+                self.release()
+                pool.full(busy.worker)
+
+    def begin_anew(self) -> None:
+        """What has been learnt of the workers counts no more."""
+        self._group_tries = 0
+        self._refused.clear()
+        self.busy.clear()
