@@ -70,9 +70,9 @@ class Room:
         cost = self.able.get(model)
         return cost is not None and cost <= self.free + spare and model not in self.models
 
-    def leaves(self, model: str, memory: int) -> None:
-        """Count the model as gone soon."""
-        self.soon += memory or self.able.get(model, 0)
+    def leaves(self, memory: int) -> None:
+        """Count a model of so many bytes as gone soon."""
+        self.soon += memory
         self.held -= 1
 
     def reserve(self, model: str) -> None:
@@ -125,7 +125,7 @@ class Floor:
         self._take(room)
         if not room.soon:
             self._draining.append(room)
-        room.leaves(victim.model, victim.memory)
+        room.leaves(victim.memory)
         self._put(room)
 
     def least(self, model: str) -> int | None:

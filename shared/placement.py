@@ -97,7 +97,7 @@ def replicas_of(snapshot: Snapshot) -> dict[str, list[Replica]]:
                 held.state == "ready",
                 held.since,
                 held.busy,
-                held.memory,
+                held.memory or worker.able.get(held.model, 0),
                 True,
             )
             found.setdefault(held.model, []).append(replica)
@@ -238,7 +238,7 @@ class _Round:
                 if not replica.seen:
                     room.reserve(model)
                 elif (replica.worker, model) in self._leaving:
-                    room.leaves(model, replica.memory)
+                    room.leaves(replica.memory)
         yield from rooms.values()
 
     def _victims(self) -> Iterator[Victim]:

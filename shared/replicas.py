@@ -6,14 +6,17 @@
 **More of them.** With `load` requests in flight on average, `load + sqrt(load)` slots are wanted:
 square-root staffing (Halfin and Whitt, "Heavy-Traffic Limits for Queues with Many Exponential
 Servers", 1981), by which about one request in five has to wait for a slot at all, however large the
-model's traffic is. One replica of 8 slots is enough up to a load of 5.4.
+model's traffic is: one replica of 8 slots is enough up to a load of 5.6. Of the load this is asked
+as it has been for some minutes (`sustained`); but when all slots are taken on average over 10 s
+(`load`), another replica is wanted at once.
 
-**Fewer.** A replica goes when even `sustained + 4 * sqrt(sustained)` slots are there without it: a
-load of 2.1 where 8 slots would be left, of 45 where 72 would. Requests in flight are Poisson with a
-standard deviation of sqrt(load), of which a mean over 10 s (`load`) keeps at most nine tenths for
-answers of a minute, half for answers of 5 s; so between more and fewer lie 3.3 deviations or more,
-and a steady load changes nothing. A replica too many costs nobody anything meanwhile: a model that
-has none may have it evicted.
+**Fewer.** A replica goes when even `sustained + 6 * sqrt(sustained)` slots are there without it: a
+load of 1.3 where 8 slots would be left, of 36 where 72 would. Requests in flight are Poisson with a
+standard deviation of sqrt(load), so more and fewer lie 5 deviations apart, and means over time keep
+only a part of them. With 4 instead of 6, and with `load` for `sustained` above, a steady load of
+answers of 30 s moved a model up to 1.8 times an hour; so it is 0.1 times, at worst
+(`docs/simulation.md`). A replica too many costs nobody anything meanwhile: a model that has none
+may have it evicted.
 
 **Bursts.** A replica that loads counts. While the first one loads, nothing is added, however many
 wait for it; later at most as many as are ready already (so that they double), and none before the
@@ -102,14 +105,16 @@ class Want(NamedTuple):
     reason: str
 
 
-def enough(load: float, slots: int) -> int:
-    """Replicas that `load` requests in flight need."""
-    return math.ceil((load + math.sqrt(load)) / slots)
+def enough(load: float, sustained: float, slots: int) -> int:
+    """Replicas that so much load needs."""
+    steady = min(load, sustained)
+    return math.ceil(max(load, steady + math.sqrt(steady)) / slots)
 
 
-def spare(load: float, slots: int) -> int:
-    """Replicas beyond which there are too many for a load of so much."""
-    return math.ceil((load + 4 * math.sqrt(load)) / slots)
+def spare(load: float, sustained: float, slots: int) -> int:
+    """Replicas beyond which there are too many for so much load."""
+    most = max(load, sustained)
+    return math.ceil((most + 6 * math.sqrt(most)) / slots)
 
 
 def want(
@@ -172,14 +177,14 @@ def _by_load(
         if demand.waiting:
             return 1, f"{demand.waiting} waiting since {now - demand.waiting_since:.1f} s"
         return 0, "not held, nobody waits"
-    up = enough(demand.load, slots)
+    up = enough(demand.load, demand.sustained, slots)
     if up > present:
         ready = [replica.since for replica in replicas if replica.ready]
         if not ready or len(ready) < present or now - max(ready) < timing.settle:
             return present, f"load {demand.load:.1f}, until what loads shows its effect"
         count = min(up, 2 * present)
         return count, f"load {demand.load:.1f} on {present * slots} slots"
-    most = max(1, spare(max(demand.load, demand.sustained), slots))
+    most = max(1, spare(demand.load, demand.sustained, slots))
     if present > most:
         return most, f"load {demand.load:.1f}, sustained {demand.sustained:.1f}"
     return present, "in use"
