@@ -18,6 +18,7 @@ __all__ = ("MAX_PAYLOAD", "Identity", "Permissions", "permissions", "render", "r
 MAX_PAYLOAD = 8 * 1024 * 1024
 """Bytes in one message; beyond 8 MiB the server itself warns."""
 
+_BUCKETS = (subjects.DEMAND, subjects.ROLES, subjects.WORKERS, subjects.MODELS)
 _ENVIRONMENT = re.compile(r"\$[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -49,11 +50,17 @@ def permissions(identity: Identity) -> Permissions:
     """Say what an identity may do; whatever is not listed is refused.
 
     A final `*` lets the server accept `>` in its place (tried with 2.15), so that it is granted
-    only where nothing but what it names lies below. Buckets of JetStream's key-value store are not
-    granted to anybody yet; the subjects of a kind (`$KV.mesh-…`, `$JS.API.…`) go in its branch.
+    only where nothing but what it names lies below.
+
+    JetStream answers on whatever reply subject it is given, in the server's name: an answer sent to
+    its own commands deletes a bucket (tried), elsewhere it overwrites a key. So workers may read no
+    bucket, and those that they write do not answer. For a like reason workers hear each other
+    through a bucket and never directly: what the server tells of a bucket has no reply subject
+    that `allow_responses` would open.
     """
     name = identity.name
     inbox = f"{subjects.inbox(name)}.>"
+    told = tuple(map(subjects.bucket_told, _BUCKETS))
     match identity.kind:
         case "worker":
             return Permissions(
@@ -63,14 +70,20 @@ def permissions(identity: Identity) -> Permissions:
                     subjects.body(name),
                     subjects.cancel(name),
                     subjects.ping(name),
+                    subjects.SETTINGS,
+                    *told,
                     inbox,
                 ),
-                publish=(subjects.beat(name),),
+                publish=(
+                    subjects.beat(name),
+                    subjects.bucket_entry(subjects.WORKERS, name),
+                    subjects.bucket_entry(subjects.ROLES, "*.*"),
+                ),
                 responses=True,
             )
         case "router":
             return Permissions(
-                subscribe=(subjects.BEATS, subjects.ROUTERS, inbox),
+                subscribe=(subjects.BEATS, subjects.ROUTERS, *told, inbox),
                 publish=(
                     subjects.INFER,
                     subjects.DIRECT,
@@ -78,11 +91,21 @@ def permissions(identity: Identity) -> Permissions:
                     subjects.CANCELS,
                     subjects.PINGS,
                     subjects.router(name),
+                    subjects.SETTINGS,
+                    subjects.bucket_entry(subjects.DEMAND, subjects.demand_key("*", name)),
+                    *map(subjects.bucket_read, _BUCKETS),
+                    *map(subjects.bucket_create, _BUCKETS),
                 ),
             )
         case "mesh":
             return Permissions(
-                subscribe=(subjects.BEATS, subjects.ROUTERS, inbox), publish=(subjects.PINGS,)
+                subscribe=(subjects.BEATS, subjects.ROUTERS, *told, inbox),
+                publish=(
+                    subjects.PINGS,
+                    subjects.bucket_entry(subjects.MODELS, "*"),
+                    *map(subjects.bucket_read, _BUCKETS),
+                    *map(subjects.bucket_create, _BUCKETS),
+                ),
             )
 
 

@@ -193,8 +193,15 @@ class Bus:
         if pong.cancelled():
             raise BusUnavailable("the connection to NATS broke")
 
-    async def request(self, subject: str, data: bytes, *, timeout: float) -> BusMessage:
-        """Publish and wait for one answer; for pings and the command line, not for generation.
+    async def request(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        timeout: float,
+        headers: dict[str, str] | None = None,
+    ) -> BusMessage:
+        """Publish and wait for one answer; for pings and buckets, not for generation.
 
         Raises:
             BusUnavailable: not connected, nobody listens there, or no answer in time.
@@ -205,7 +212,7 @@ class Bus:
         answer: asyncio.Future[BusMessage] = asyncio.get_running_loop().create_future()
         self._asked[number] = answer
         try:
-            await self.publish(subject, data, reply=f"{self.inbox}.q.{number}")
+            await self.publish(subject, data, reply=f"{self.inbox}.q.{number}", headers=headers)
             async with asyncio.timeout(timeout):
                 message = await answer
         except TimeoutError:

@@ -9,7 +9,16 @@ Layout (version `v1`; a worker, router or model is always exactly one token):
     mesh.v1.ping.<worker>            round-trip measurement (the worker echoes)
     mesh.v1.beat.<worker>            presence and load of a worker, twice a second
     mesh.v1.router.<router>          presence and load of a router
+    mesh.v1.settings                 what the operator has set for all models, from routers
+    mesh.v1.kv.<bucket>.<key>        what has just been written into a bucket, told by the server
     _INBOX_<identity>.>              the only inbox an identity may subscribe to
+
+Buckets of JetStream's key-value store, and their keys:
+
+    mesh-demand   <model>.<router>   what one router knows of the demand for a model
+    mesh-roles    <model>.<number>   who holds replica `number` of a model
+    mesh-workers  <worker>           a worker's beat, for other workers
+    mesh-models   <model>            what the operator has set for a model
 
 Nothing may lie below a subject that is granted with a final `*`: the server takes a subscription
 to `mesh.v1.infer.>` for one that `mesh.v1.infer.*` allows. Hence a worker's door has its own root.
@@ -21,21 +30,36 @@ __all__ = (
     "BEATS",
     "BODIES",
     "CANCELS",
+    "DEMAND",
     "DIRECT",
     "FREE",
     "INFER",
+    "MODELS",
     "PINGS",
+    "ROLES",
     "ROUTERS",
+    "SETTINGS",
+    "WORKERS",
     "beat",
     "body",
+    "bucket_create",
+    "bucket_entry",
+    "bucket_read",
+    "bucket_told",
     "cancel",
     "decode_token",
+    "demand_key",
     "doors",
     "encode_token",
     "inbox",
     "infer",
     "infer_direct",
+    "lease_key",
+    "model_key",
     "ping",
+    "read_demand_key",
+    "read_lease_key",
+    "read_model_key",
     "router",
     "valid_identity",
 )
@@ -49,6 +73,11 @@ DIRECT = f"{PREFIX}.direct.*.*"
 BODIES = f"{PREFIX}.body.*"
 CANCELS = f"{PREFIX}.cancel.*"
 PINGS = f"{PREFIX}.ping.*"
+SETTINGS = f"{PREFIX}.settings"
+DEMAND = "mesh-demand"
+ROLES = "mesh-roles"
+WORKERS = "mesh-workers"
+MODELS = "mesh-models"
 
 _IDENTITY = re.compile(r"[A-Za-z0-9-]{1,64}")
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")
@@ -140,3 +169,69 @@ def router(identity: str) -> str:
 def inbox(identity: str) -> str:
     """Inbox prefix of one identity, without the trailing `.`."""
     return f"_INBOX_{valid_identity(identity)}"
+
+
+def bucket_entry(bucket: str, key: str) -> str:
+    """Subject to publish on in order to write a key."""
+    return f"$KV.{bucket}.{key}"
+
+
+def bucket_told(bucket: str, key: str = ">") -> str:
+    """Subject on which the server tells what was written into a bucket."""
+    return f"{PREFIX}.kv.{bucket}.{key}"
+
+
+def bucket_create(bucket: str) -> str:
+    """JetStream's subject for making a bucket."""
+    return f"$JS.API.STREAM.CREATE.KV_{bucket}"
+
+
+def bucket_read(bucket: str) -> str:
+    """JetStream's subject for reading a bucket without a consumer."""
+    return f"$JS.API.DIRECT.GET.KV_{bucket}"
+
+
+def demand_key(model: str, router: str) -> str:
+    """Key of one router's account of a model's demand; `*` for either stands for all."""
+    return f"{model if model == '*' else encode_token(model)}.{router}"
+
+
+def read_demand_key(key: str) -> tuple[str, str]:
+    """Model and router of a demand key.
+
+    Raises:
+        ValueError: it is none.
+    """
+    token, _, identity = key.partition(".")
+    return decode_token(token), valid_identity(identity)
+
+
+def lease_key(model: str, number: int) -> str:
+    """Key of the lease of a model's replica `number`, from 0."""
+    return f"{encode_token(model)}.{number}"
+
+
+def read_lease_key(key: str) -> tuple[str, int]:
+    """Model and number of a lease's key.
+
+    Raises:
+        ValueError: it is none.
+    """
+    token, _, number = key.partition(".")
+    if not number.isascii() or not number.isdigit() or lease_key("m", int(number)) != f"m.{number}":
+        raise ValueError(f"{key!r} is not the key of a lease")
+    return decode_token(token), int(number)
+
+
+def model_key(model: str) -> str:
+    """Key of a model's settings."""
+    return encode_token(model)
+
+
+def read_model_key(key: str) -> str:
+    """Model of a settings key.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return decode_token(key)

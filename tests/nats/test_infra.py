@@ -16,6 +16,7 @@ import pytest
 from shared import subjects
 from shared.broker import Identity, find_binary, render, render_users
 from shared.bus import Bus, BusMessage, BusUnavailable
+from shared.kv import ROLES, Entry, Kv
 
 pytestmark = pytest.mark.nats
 
@@ -184,6 +185,40 @@ async def test_a_cluster_outlives_one_of_its_servers(
         await served()
         await worker.publish(got[-1].reply, b"frame")
         await eventually(lambda: "" in statuses)
+    finally:
+        await router_context.__aexit__(None, None, None)
+        await worker_context.__aexit__(None, None, None)
+
+
+async def test_buckets_outlive_one_of_the_servers(cluster: list[Node], eventually: Any) -> None:
+    """Three servers hold them; another becomes the leader."""
+    router_context, router = await connected(cluster[0].url("router-1"), "router-1", "router")
+    worker_context, worker = await connected(cluster[2].url("worker-1"), "worker-1", "worker")
+    try:
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    await Kv(router).make(ROLES)
+                    break
+                except BusUnavailable:
+                    await asyncio.sleep(0.1)  # the servers have yet to agree on a leader
+        told: list[Entry] = []
+        await Kv(worker).follow(ROLES, told.append)
+        await worker.barrier()
+        async with asyncio.timeout(60):
+            while not told:
+                await Kv(worker).tell(ROLES, "m.0", b"first", 0)
+                await asyncio.sleep(0.2)
+        os.kill(cluster[0].process.pid, signal.SIGKILL)
+        await eventually(lambda: not router.connected)
+        await eventually(lambda: router.connected)
+        async with asyncio.timeout(60):
+            while told[-1].value != b"second":
+                # Either the lease is still there, or it has expired while there was no leader.
+                for revision in (told[0].revision, 0):
+                    await Kv(worker).tell(ROLES, "m.0", b"second", revision)
+                await asyncio.sleep(0.2)
+        assert [entry.value for entry in told] == [b"first", b"second"]
     finally:
         await router_context.__aexit__(None, None, None)
         await worker_context.__aexit__(None, None, None)

@@ -269,10 +269,9 @@ async def test_only_routers_send_work(connect: Any, sender: str, unique: str) ->
 
 
 @pytest.mark.parametrize("name", ["router-1", "worker-1", "mesh-1"])
-async def test_nobody_reaches_jetstream_or_the_server_s_own_subjects(
+async def test_nobody_reaches_jetstream_at_large_or_the_server_s_own_subjects(
     connect: Any, name: str
 ) -> None:
-    """Nothing is granted there yet; what the fleet's buckets need comes with them."""
     bus = await connect(name)
     answers: list[BusMessage] = []
     await bus.subscribe(f"{bus.inbox}.x", answers.append)
