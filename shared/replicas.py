@@ -44,6 +44,7 @@ __all__ = (
     "idle_for",
     "spare",
     "want",
+    "wished",
 )
 
 IDLE_AFTER = 60.0
@@ -150,6 +151,25 @@ def want(
     if ceiling is not None and count > ceiling:
         return Want(settings.model, ceiling, present, floor, f"at most {ceiling}; {reason}")
     return Want(settings.model, count, present, floor, reason)
+
+
+def wished(
+    settings: ModelSettings,
+    demand: Demand,
+    slots: int,
+    replicas: Sequence[Replica],
+    pins: int,
+    now: float,
+    timing: Timing = DEFAULT_TIMING,
+) -> int:
+    """How many replicas of a model there would be if they came at once; arguments as of `want`."""
+    now_wanted = want(settings, demand, slots, replicas, pins, now, timing).replicas
+    if not (demand.waiting or demand.running):
+        return now_wanted
+    count = max(now_wanted, enough(demand.load, demand.sustained, slots))
+    if settings.maximum:
+        count = min(count, max(settings.maximum, settings.minimum, pins))
+    return count
 
 
 def idle_for(demand: Demand, replicas: Sequence[Replica], now: float) -> float:
