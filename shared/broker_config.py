@@ -83,7 +83,7 @@ def permissions(identity: Identity) -> Permissions:
             )
         case "router":
             return Permissions(
-                subscribe=(subjects.BEATS, subjects.ROUTERS, *told, inbox),
+                subscribe=(subjects.BEATS, subjects.ROUTERS, subjects.SETTINGS, *told, inbox),
                 publish=(
                     subjects.INFER,
                     subjects.DIRECT,

@@ -62,6 +62,8 @@ class ModelState(msgspec.Struct, frozen=True, omit_defaults=True):
     """Unix time of the last moment at which an attempt was in; 0: none so far."""
     pinned: bool = False
     """The operator named it: the worker serves it whatever the demand is."""
+    alias_of: str = ""
+    """The model's own name, where `name` is another one for it."""
 
 
 class LoadableModel(msgspec.Struct, frozen=True, array_like=True):
@@ -87,8 +89,8 @@ class RoleChange(msgspec.Struct, frozen=True):
     at: float
     """Unix time."""
     model: str
-    action: Literal["promote", "demote", "lost"]
-    """`lost`: another worker holds what was this one's lease."""
+    action: Literal["promote", "demote", "lost", "fail"]
+    """`lost`: another worker holds what was this one's lease. `fail`: it could not be served."""
     reason: str
 
 
