@@ -145,7 +145,7 @@ def _lists(names: set[str], model: str) -> bool:
 def _where(models: Path) -> list[str]:
     if models.is_file():
         return ["--models", str(models.parent), "--model", str(models)]
-    return ["--models", str(models)]
+    return ["--models", str(models), "--pin-all"]
 
 
 class Stack:

@@ -17,6 +17,7 @@ from cyclopts.config import Env
 from cyclopts.validators import Number
 from rich.console import Console
 
+from mesh import model_settings
 from mesh.errors import CommandError
 from mesh.fleet import Snapshot
 from mesh.parts import Speculation, UpSettings, identities
@@ -126,7 +127,7 @@ def status(*, nats: _Text = "", data_dir: _DataDir = None, as_json: _Json = Fals
         Console(highlight=False).print(status_view(snapshot))
 
 
-models = App(name="models", help="Show the models, or write one in another format.")
+models = App(name="models", help="Show the models, set their replicas, or write another format.")
 app.command(models)
 app.command(worker_app)
 
@@ -312,6 +313,8 @@ def _whole(value: Any) -> Any:
         return {name: _whole(part) for name, part in msgspec.structs.asdict(value).items()}
     return [_whole(part) for part in value] if isinstance(value, tuple) else value
 
+
+model_settings.register(models, _folder)
 
 if __name__ == "__main__":
     sys.exit(main())

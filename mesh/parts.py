@@ -99,7 +99,7 @@ def worker_command(name: str, models: Path, settings: UpSettings, cores: int) ->
     """The command line of one worker; `models` is the folder with the generated `models.toml`."""
     threads = settings.threads or threads_for(settings.workers, cores)
     command = [_script("mesh-worker", "worker"), "--name", name, "--models", str(models)]
-    command += ["--threads", str(threads)]
+    command += ["--pin-all", "--threads", str(threads)]
     if settings.slots is not None:
         command += ["--slots", str(settings.slots)]
     if settings.context is not None:

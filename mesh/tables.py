@@ -12,6 +12,7 @@ from shared.presence import Beat, RouterBeat
 __all__ = ("models_table", "size_text", "status_view")
 
 _COLOURS = {"ready": "green", "loading": "yellow", "draining": "yellow", "failed": "red"}
+_SHOWN_CHANGES = 10
 _GIB = 1024**3
 _MIB = 1024**2
 
@@ -32,6 +33,8 @@ def status_view(snapshot: Snapshot, *, now: float | None = None) -> RenderableTy
         _loads(snapshot.workers),
     )
     parts: list[RenderableType] = [part for table in tables for part in (table, Text(""))]
+    if any(worker.changes for worker in snapshot.workers):
+        parts += [_changes(snapshot.workers, moment), Text("")]
     return Group(*parts, *_advice(snapshot.workers))
 
 
@@ -102,6 +105,21 @@ def _loads(workers: tuple[Beat, ...]) -> Table:
                 f"{model.gain:.2f}x" if model.drafted else "",
                 _part(model.cached_tokens, model.prompt_tokens),
             )
+    return table
+
+
+def _changes(workers: tuple[Beat, ...], now: float) -> Table:
+    """The last role changes of all workers, the newest first."""
+    table = _table("role changes", "worker", "model", "ago", "reason")
+    every = [(change, worker.worker) for worker in workers for change in worker.changes]
+    for change, worker in sorted(every, key=lambda entry: -entry[0].at)[:_SHOWN_CHANGES]:
+        table.add_row(
+            Text(change.action),
+            Text(worker),
+            Text(change.model),
+            _age(change.at, now),
+            Text(change.reason),
+        )
     return table
 
 

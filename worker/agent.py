@@ -1,11 +1,11 @@
-"""The worker on the bus: presence, cancellations, bodies in chunks, and an orderly end.
+"""The worker on the bus: cancellations, bodies in chunks, and an orderly end.
 
-What concerns one model lies in `worker.serving`; this owns what all models share, and decides when
-the worker is over: it was told to stop, NATS is gone for good, or there is nothing left to serve.
+What concerns one model lies in `worker.serving`, which models there are in `worker.roster`, and why
+in `worker.roles`. This owns what all models share, and decides when the worker is over: it was told
+to stop, NATS is gone for good, or none of the models that it was told to serve can be served.
 """
 
 import asyncio
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -14,23 +14,27 @@ from contextlib import suppress
 import msgspec
 import structlog
 
-from shared import __version__, subjects
+from shared import subjects
 from shared.bus import Bus, BusMessage, BusUnavailable
 from shared.command_line import CommandFailed
-from shared.presence import Beat, LoadableModel, encode_beat
+from shared.kv import Kv
+from shared.leases import Leases
 from shared.protocol import decode_cancel, decode_chunk
+from shared.replicas import DEFAULT_TIMING, Timing
 from worker import hardware
+from worker.beats import BEAT_SECONDS, Beats
 from worker.body import Bodies, BodyError
 from worker.catalog import ModelSource
-from worker.loadable import survey
 from worker.memory_budget import MemoryBudget
+from worker.outlook import Outlook
 from worker.preparing import ServingSettings
 from worker.replies import Replies
+from worker.roles import Roles
+from worker.roster import Roster
 from worker.serving import Serving, Surroundings
 
 __all__ = ("Agent", "AgentFailed", "AgentSettings")
 
-BEAT_SECONDS = 0.5
 BODIES_BYTES = 64 * 1024 * 1024
 """Announced bytes of all bodies being joined at once."""
 
@@ -47,6 +51,8 @@ class AgentSettings(msgspec.Struct, frozen=True):
     """Bytes for all models together; 0: what the host has left at the start."""
     grace: float = 30.0
     """Seconds that running requests are given when the worker is told to stop."""
+    timing: Timing = DEFAULT_TIMING
+    """When roles are taken up and let go."""
 
     def __repr__(self) -> str:
         # Without the URL, which may hold a password.
@@ -60,26 +66,39 @@ class AgentFailed(CommandFailed):
 class Agent:
     """One worker: `run` lasts until `stop` or until it cannot go on."""
 
-    def __init__(self, settings: AgentSettings, sources: Sequence[ModelSource]) -> None:
+    def __init__(
+        self,
+        settings: AgentSettings,
+        pinned: Sequence[ModelSource],
+        roles: Sequence[ModelSource] = (),
+    ) -> None:
+        """Make it.
+
+        Args:
+            settings: the worker's.
+            pinned: models to serve at once and always.
+            roles: models that may be served as the fleet needs them.
+        """
         self._settings = settings
-        self._sources = tuple(sources)
-        self._servings: tuple[Serving, ...] = ()
+        self._pinned = tuple(pinned)
+        self._offered = tuple(roles)
+        self._roster: Roster | None = None
+        self._beats: Beats | None = None
+        self._roles: Roles | None = None
         self._over = asyncio.Event()
         self._cut = asyncio.Event()
         self._released = asyncio.Event()
-        self._changed = asyncio.Event()
         self._stopping = threading.Event()
         self._failure = ""
-        self._draining = False
-        self._sequence = 0
-        self._started = time.time()
-        self._memory = 0
-        self._able: tuple[LoadableModel, ...] = ()
 
     @property
     def engine_pids(self) -> dict[str, int | None]:
         """The process id of each model's engine."""
         return {serving.name: serving.engine_pid for serving in self._servings}
+
+    @property
+    def _servings(self) -> tuple[Serving, ...]:
+        return tuple(self._roster or ())
 
     def stop(self) -> None:
         """Drain and end; when called again, end at once."""
@@ -105,20 +124,16 @@ class Agent:
     async def _serve(self, bus: Bus) -> None:
         # NVML may take a second on a host with many GPUs.
         memory = self._settings.memory or await asyncio.to_thread(_free_memory)
-        self._memory = memory
         bodies = Bodies(most_bytes=BODIES_BYTES, largest=bus.max_payload)
         replies = Replies(bus, self._cancel)
         around = Surroundings(
             bus=bus,
             replies=replies,
             bodies=bodies,
-            budget=MemoryBudget(memory, len(self._sources)),
+            budget=MemoryBudget(memory, len(self._pinned)),
             stopping=self._stopping,
-            on_change=self._changed.set,
+            on_change=self._on_change,
             on_release=self._released.set,
-        )
-        self._servings = tuple(
-            Serving(source, self._settings.serving, around, pinned=True) for source in self._sources
         )
         identity = bus.identity
         await bus.subscribe(subjects.cancel(identity), self._on_cancel)
@@ -128,36 +143,77 @@ class Agent:
         echoes: asyncio.Queue[BusMessage] = asyncio.Queue(maxsize=1024)
         await bus.subscribe(subjects.ping(identity), lambda message: _keep(echoes, message))
         async with asyncio.TaskGroup() as group:
+            roster = self._roster = Roster(
+                self._pinned,
+                self._offered,
+                self._settings.serving,
+                around,
+                group,
+                memory=memory,
+                on_failed=self._on_failed,
+            )
+            beats, roles = await self._join(bus, roster, memory)
             tasks = [
                 group.create_task(work, name=name)
                 for name, work in (
                     ("replies", replies.run()),
-                    ("beats", self._beat(bus)),
+                    ("beats", beats.run()),
                     ("bodies", self._expire(bodies)),
                     ("echoes", _echo(bus, echoes)),
-                    ("survey", self._survey()),
+                    ("survey", roster.survey()),
                     ("closed", self._watch(bus)),
                 )
             ]
-            tasks += [
-                group.create_task(self._run_model(serving), name=serving.name)
-                for serving in self._servings
-            ]
+            roster.start_pinned()
+            taking = group.create_task(roles.run(), name="roles")
             await self._over.wait()
-            await self._leave(bus, replies)
-            for task in tasks:
+            taking.cancel()
+            await asyncio.wait({taking})
+            await self._leave(bus, replies, beats, roles)
+            for task in (*tasks, *roster.tasks):
                 task.cancel()
 
-    async def _survey(self) -> None:
-        # In a thread: a header takes some 50 ms, and a catalog may have hundreds.
-        self._able = await asyncio.to_thread(
-            survey, self._sources, self._settings.serving, self._memory
+    async def _join(self, bus: Bus, roster: Roster, memory: int) -> tuple[Beats, Roles]:
+        """Begin to hear of the fleet, with nothing done yet."""
+        leases = Leases(
+            Kv(bus),
+            bus.identity,
+            on_change=self._poke_roles,
+            on_lost=lambda key, holder: roles.lost(key, holder),
+            clock=time.monotonic,
+            wall=time.time,
         )
-        self._changed.set()
+        outlook = Outlook(bus.identity, leases.table, on_demand=self._poke_roles)
+        beats = Beats(bus, roster, memory=memory, pause=lambda: outlook.pause)
+        roles = Roles(
+            bus.identity,
+            roster,
+            outlook,
+            leases,
+            presence=beats.presence,
+            changes=beats.changes,
+            timing=self._settings.timing,
+        )
+        await leases.open()
+        await outlook.open(bus)
+        self._beats, self._roles = beats, roles
+        return beats, roles
 
-    async def _run_model(self, serving: Serving) -> None:
-        await serving.run()
-        if all(other.failure for other in self._servings):
+    def _on_change(self) -> None:
+        if self._beats is not None:
+            self._beats.hurry()
+        self._poke_roles()
+
+    def _poke_roles(self) -> None:
+        if self._roles is not None:
+            self._roles.poke()
+
+    def _on_failed(self, model: str, reason: str) -> None:
+        roster = self._roster
+        if roster is not None and not roster.is_pinned(model):
+            if self._roles is not None:
+                self._roles.failed(model, reason)
+        elif all(serving.failure for serving in self._servings):
             reasons = "; ".join(f"{other.name}: {other.failure}" for other in self._servings)
             self._end(f"no model can be served: {reasons}")
 
@@ -170,13 +226,13 @@ class Agent:
         self._failure = self._failure or failure
         self._over.set()
 
-    async def _leave(self, bus: Bus, replies: Replies) -> None:
+    async def _leave(self, bus: Bus, replies: Replies, beats: Beats, roles: Roles) -> None:
         """Let what runs come to its end, fail the rest, and say goodbye."""
-        self._draining = True
+        beats.draining = True
         self._stopping.set()
         for serving in self._servings:
             serving.drain()
-        self._changed.set()
+        beats.hurry()
         busy = sum(serving.busy for serving in self._servings)
         _log.info("worker.draining", running=busy, grace=self._settings.grace)
         with suppress(TimeoutError):
@@ -187,7 +243,8 @@ class Agent:
             serving.abandon(f"worker {bus.identity} was stopped")
         try:
             await replies.flush()
-            await bus.publish(subjects.beat(bus.identity), encode_beat(self._presence(bus, "gone")))
+            await roles.release_all()
+            await beats.say_gone()
             await bus.barrier()
         except BusUnavailable as error:
             _log.warning("worker.left_silently", reason=str(error))
@@ -206,51 +263,13 @@ class Agent:
         finally:
             cut.cancel()
 
-    async def _beat(self, bus: Bus) -> None:
-        subject = subjects.beat(bus.identity)
-        while True:
-            self._changed.clear()
-            with suppress(BusUnavailable):  # the bus says so itself, once an outage
-                await bus.publish(subject, encode_beat(self._presence(bus)))
-            with suppress(TimeoutError):
-                async with asyncio.timeout(BEAT_SECONDS):
-                    await self._changed.wait()
-
-    def _presence(self, bus: Bus, state: str = "") -> Beat:
-        self._sequence += 1
-        memory = hardware.memory()
-        models = tuple(m for serving in self._servings for m in serving.states())
-        gone = state == "gone"
-        found = {model.state for model in models}
-        return Beat(
-            worker=bus.identity,
-            state=(
-                "gone"
-                if gone
-                else "draining"
-                if self._draining
-                else "ready"
-                if "ready" in found
-                else "loading"
-                if "loading" in found
-                else "standby"
-            ),
-            sequence=self._sequence,
-            models=() if gone else models,
-            host=socket.gethostname(),
-            version=__version__,
-            started=self._started,
-            memory_total=memory.total,
-            memory_used=memory.used,
-            able=() if gone else self._able,
-            memory_budget=self._memory,
-        )
-
     async def _expire(self, bodies: Bodies) -> None:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             for body, why in bodies.expired(time.monotonic()):
                 serving = self._by_name(body.model)
+                if serving is None:
+                    continue
                 if why == "deadline":
                     serving.drop_body(
                         body, "deadline_exceeded", "the deadline passed before the whole body came"
@@ -262,9 +281,11 @@ class Agent:
 
     def _on_state(self, connected: bool) -> None:
         if connected:
-            self._changed.set()
+            if self._roles is not None:
+                self._roles.reconnected()
             for serving in self._servings:
                 serving.reconnected()
+            self._on_change()
 
     def _on_cancel(self, message: BusMessage) -> None:
         try:
@@ -288,14 +309,17 @@ class Agent:
             whole = bodies.add(chunk, time.monotonic())
         except BodyError as error:
             body = bodies.close(chunk.attempt)
-            if body is not None:
-                self._by_name(body.model).drop_body(body, "worker_failed", str(error))
+            serving = self._by_name(body.model) if body is not None else None
+            if body is not None and serving is not None:
+                serving.drop_body(body, "worker_failed", str(error))
             return
-        if whole is not None:
-            self._by_name(whole.model).complete(whole)
+        serving = self._by_name(whole.model) if whole is not None else None
+        if whole is not None and serving is not None:
+            serving.complete(whole)
 
-    def _by_name(self, name: str) -> Serving:
-        return next(serving for serving in self._servings if serving.name == name)
+    def _by_name(self, name: str) -> Serving | None:
+        # None: a role that has ended since, with all that was in it.
+        return None if self._roster is None else self._roster.get(name)
 
 
 def _keep(echoes: asyncio.Queue[BusMessage], message: BusMessage) -> None:

@@ -26,6 +26,7 @@ from shared.command_line import (
     run_tokens,
     settings_from_file,
 )
+from shared.replicas import DEFAULT_TIMING
 from shared.sizes import parse_size
 from worker import hardware
 from worker.agent import Agent, AgentSettings
@@ -57,6 +58,7 @@ def serve(
     models: Path,
     nats: str = "nats://127.0.0.1:4222",
     model: Annotated[tuple[str, ...], Parameter(negative_iterable="", show_default=False)] = (),
+    pin_all: Annotated[bool, Parameter(negative=())] = False,
     memory: _Text = "",
     slots: _Positive = 8,
     threads: _NotNegative = 0,
@@ -66,6 +68,7 @@ def serve(
     prefix_memory: str = "512MiB",
     queue: _NotNegative = 64,
     grace: Annotated[float, Parameter(validator=Number(gte=0))] = 30.0,
+    idle_after: Annotated[float, Parameter(validator=Number(gt=0))] = DEFAULT_TIMING.idle_after,
     name: _Text = "",
     cache: Path | None = None,
     log_level: Level = "info",
@@ -80,8 +83,11 @@ def serve(
     nats
         NATS server as nats://USER:PASSWORD@HOST:PORT; several separated by commas.
     model
-        Model to serve: a name or alias in the folder, a path, or hf:owner/repo:file.gguf. May be
-        repeated. Without it, all models of the folder are served.
+        Model to serve at once and always: a name or alias in the folder, a path, or
+        hf:owner/repo:file.gguf. May be repeated. Without it the worker is a standby: it takes up
+        those models of the folder that are in demand, and lets them go again.
+    pin_all
+        Serve all models of the folder at once and always.
     memory
         Memory for all models together, for example 2GiB. Without it, what the host has free.
     slots
@@ -102,6 +108,8 @@ def serve(
         Requests that may wait per model when all slots are taken.
     grace
         Seconds that running requests are given on SIGTERM; a second SIGTERM ends at once.
+    idle_after
+        Seconds after its last use at which a standby lets go of a model.
     name
         Identity of this worker. Without it, the user in the NATS URL, else worker-XXXXXXXX.
     cache
@@ -115,6 +123,7 @@ def serve(
         identity=identity("worker", nats, name),
         memory=_size(memory, "--memory"),
         grace=grace,
+        timing=DEFAULT_TIMING._replace(idle_after=idle_after),
         serving=ServingSettings(
             slots=slots,
             queue=queue,
@@ -127,8 +136,13 @@ def serve(
             command=tuple(shlex.split(engine_command)) or ENGINE_COMMAND,
         ),
     )
+    if pin_all and model:
+        raise Refused("--pin-all and --model: wanted one of them")
     sources = read_catalog(models).choose(model)
-    uvloop.run(_run(settings, sources))
+    if pin_all or model:
+        uvloop.run(_run(settings, sources, ()))
+    else:
+        uvloop.run(_run(settings, (), sources))
     return 0
 
 
@@ -153,8 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(app, "mesh-worker", arguments)
 
 
-async def _run(settings: AgentSettings, sources: Sequence[ModelSource]) -> None:
-    agent = Agent(settings, sources)
+async def _run(
+    settings: AgentSettings, pinned: Sequence[ModelSource], roles: Sequence[ModelSource]
+) -> None:
+    agent = Agent(settings, pinned, roles)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, agent.stop)

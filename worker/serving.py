@@ -61,6 +61,7 @@ class Serving:
         around: Surroundings,
         *,
         pinned: bool = False,
+        memory: int = 0,
     ) -> None:
         options = source.options
         self.name = source.name
@@ -81,9 +82,10 @@ class Serving:
         self._stats = EngineStats(0, 0, 0.0)
         self._detail = "waiting"
         self._pinned = pinned
-        self._memory = 0
+        self._memory = memory
         self._state: State = "loading"
         self._since = time.time()
+        self._moved = asyncio.Event()
         self._rate = _Rate()
         self._log = _log.bind(model=source.name)
 
@@ -91,6 +93,16 @@ class Serving:
     def busy(self) -> int:
         """Attempts that run or wait."""
         return len(self._admission)
+
+    @property
+    def state(self) -> State:
+        """How far it has come."""
+        ready = self._can_serve and self._doors.open
+        if self.failure:
+            return "failed"
+        if self._admission.draining:
+            return "draining"
+        return "ready" if ready else "loading"
 
     @property
     def engine_pid(self) -> int | None:
@@ -203,6 +215,12 @@ class Serving:
         self._admission.draining = True
         self._doors.poke()
 
+    async def idle(self) -> None:
+        """Return when nothing runs or waits."""
+        while self.busy:
+            self._moved.clear()
+            await self._moved.wait()
+
     def abandon(self, reason: str) -> None:
         """Fail all that is still in."""
         lost = self._admission.clear(time.monotonic())
@@ -211,21 +229,24 @@ class Serving:
             self._fail(ticket.reply, ticket.attempt, "worker_failed", reason)
         if lost and self._engine is not None:
             self._engine.cancel(tuple(ticket.attempt for ticket in lost))
+        self._moved.set()
         self._around.on_release()
 
     def states(self) -> tuple[ModelState, ...]:
         """The model as beats tell of it, once under each of its names."""
         admission, header, stats = self._admission, self._header, self._stats
-        ready = self._can_serve and self._doors.open
-        advice = self._ready.advice if self._ready else ""
         now = time.time()
         if self.busy:
             self.last_use = now
+        if self.state != self._state:
+            self._state, self._since = self.state, now
+        ready = self._state == "ready"
+        advice = self._ready.advice if self._ready else ""
         state = ModelState(
             name=self.name,
-            state=self._look(ready, now),
+            state=self._state,
             slots=admission.slots,
-            free=admission.free if ready and not admission.draining else 0,
+            free=admission.free if ready else 0,
             queued=admission.queued,
             queue_limit=admission.queue_limit,
             context=self._ready.context if self._ready else 0,
@@ -250,7 +271,9 @@ class Serving:
             pinned=self._pinned,
         )
         return tuple(
-            msgspec.structs.replace(state, name=name) if name != self.name else state
+            msgspec.structs.replace(state, name=name, alias_of=self.name)
+            if name != self.name
+            else state
             for name in self._source.names
         )
 
@@ -293,21 +316,6 @@ class Serving:
     def _can_serve(self) -> bool:
         return self._engine is not None and self._engine.ready
 
-    def _look(self, ready: bool, now: float) -> State:
-        """The state, with the moment noted at which it changed."""
-        state: State = (
-            "failed"
-            if self.failure
-            else "draining"
-            if self._admission.draining
-            else "ready"
-            if ready
-            else "loading"
-        )
-        if state != self._state:
-            self._state, self._since = state, now
-        return state
-
     def _wanted(self) -> Wanted:
         serve = self._can_serve
         # While draining the own door stays open: who knocks is told at once to go elsewhere.
@@ -345,6 +353,7 @@ class Serving:
         ticket = self._admission.release(attempt, time.monotonic())
         if ticket is not None:
             self.last_use = time.time()
+            self._moved.set()
             self._around.on_release()
             if was_full:
                 self._doors.poke()

@@ -64,7 +64,7 @@ class MeshParts:
 
     def start_worker(self) -> None:
         models = str(self._folder / "models")
-        self._start("mesh-worker", "worker-1", "--models", models, *self._arguments)
+        self._start("mesh-worker", "worker-1", "--models", models, "--pin-all", *self._arguments)
 
     def end_worker(self) -> None:
         """End it as an operator does."""
@@ -91,8 +91,9 @@ class MeshParts:
                 child.kill()
 
     def _start(self, script: str, name: str, *arguments: str) -> None:
-        with (self._folder / f"{script}.txt").open("ab") as log:
-            self._processes[script] = subprocess.Popen(
+        key = f"{script} {name}" if script in self._processes else script
+        with (self._folder / f"{key}.txt").open("ab") as log:
+            self._processes[key] = subprocess.Popen(
                 [str(Path(sysconfig.get_path("scripts")) / script), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -33,6 +33,7 @@ from shared.protocol import (
     decode_frames,
     encode,
 )
+from shared.replicas import DEFAULT_TIMING, Timing
 from worker.agent import Agent, AgentSettings
 from worker.catalog import read_catalog
 from worker.preparing import ServingSettings
@@ -262,7 +263,10 @@ async def running(agent: Agent, name: str) -> AsyncIterator[Running]:
 async def start(
     tmp_path: Path, nats_server: NatsServer, router: Router, write_gguf: Callable[[Path], Path]
 ) -> AsyncIterator[Callable[..., Awaitable[Running]]]:
-    """Start an agent with tiny models of these names; ready unless told otherwise."""
+    """Start an agent with tiny models of these names; ready unless told otherwise.
+
+    A standby has them, and waits for demand.
+    """
     async with AsyncExitStack() as stack:
 
         async def start_agent(
@@ -272,6 +276,8 @@ async def start(
             ready: bool = True,
             grace: float = 30.0,
             memory: int = 0,
+            standby: bool = False,
+            timing: Timing = DEFAULT_TIMING,
             **serving: Any,
         ) -> Running:
             folder = tmp_path / name
@@ -283,11 +289,13 @@ async def start(
                 identity=name,
                 grace=grace,
                 memory=memory,
+                timing=timing,
                 serving=ServingSettings(command=FAKE_ENGINE, **serving),
             )
-            agent = Agent(settings, read_catalog(folder).choose(()))
+            sources = read_catalog(folder).choose(())
+            agent = Agent(settings, (), sources) if standby else Agent(settings, sources)
             started = await stack.enter_async_context(running(agent, name))
-            if ready:
+            if ready and not standby:
                 wanted = set(models or ("tiny",))
                 await router.beat(
                     name, lambda b: {m.name for m in b.models if m.state == "ready"} >= wanted

@@ -72,7 +72,9 @@ def engine_of(process: Process) -> psutil.Process:
 
 
 async def test_sigterm_drains_and_exits_cleanly(spawn, router, nats_server: NatsServer, folder):
-    process = await spawn("--nats", nats_server.url_for("worker-1"), "--models", str(folder))
+    process = await spawn(
+        "--nats", nats_server.url_for("worker-1"), "--models", str(folder), "--pin-all"
+    )
     # The identity is the user in the URL.
     await router.model("worker-1", lambda m: m.state == "ready")
     engine = engine_of(process)
@@ -90,6 +92,7 @@ async def test_a_second_sigterm_ends_at_once(spawn, router, nats_server: NatsSer
     process = await spawn(
         "--models",
         str(folder),
+        "--pin-all",
         "--grace",
         "1000",
         MESH_NATS=nats_server.url_for("worker-1"),
@@ -106,7 +109,9 @@ async def test_a_second_sigterm_ends_at_once(spawn, router, nats_server: NatsSer
 
 
 async def test_the_engine_dies_with_a_killed_agent(spawn, router, nats_server, folder):
-    process = await spawn("--nats", nats_server.url_for("worker-1"), "--models", str(folder))
+    process = await spawn(
+        "--nats", nats_server.url_for("worker-1"), "--models", str(folder), "--pin-all"
+    )
     await router.model("worker-1", lambda m: m.state == "ready")
     engine = engine_of(process)
     # Stopped, so that it cannot leave by itself when its link closes.
@@ -123,6 +128,7 @@ async def test_settings_come_from_flags_then_environment_then_file(
         f'nats = "{nats_server.url_for("worker-2")}"\n'
         "[router]\nport = 1\n"
         f'[worker]\nmodels = "{folder}"\nslots = 3\nqueue = 5\nctx = 128\n'
+        "pin-all = true\n"
     )
     await spawn("--config", str(config), "--slots", "7", MESH_QUEUE="6", MESH_SLOTS="9")
     state = await router.model("worker-2", lambda m: m.state == "ready")
@@ -132,7 +138,9 @@ async def test_settings_come_from_flags_then_environment_then_file(
 async def test_a_worker_without_a_usable_model_exits(spawn, nats_server: NatsServer, folder: Path):
     whole = (folder / "tiny.gguf").read_bytes()
     (folder / "tiny.gguf").write_bytes(whole[: len(whole) // 2])
-    process = await spawn("--nats", nats_server.url_for("worker-1"), "--models", str(folder))
+    process = await spawn(
+        "--nats", nats_server.url_for("worker-1"), "--models", str(folder), "--pin-all"
+    )
     code, errors = await outcome(process)
     assert code == 1
     last = errors.splitlines()[-1]
@@ -199,7 +207,10 @@ async def test_every_setting_is_documented(spawn):
         shown, _ = await process.communicate()
     text = shown.decode()
     assert process.returncode == 0
-    names = "nats models model memory slots threads ctx gpu-layers queue grace name cache log-level"
+    names = (
+        "nats models model pin-all memory slots threads ctx gpu-layers queue grace idle-after name "
+        "cache log-level"
+    )
     for setting in re.findall(r"\S+", names):
         assert f"--{setting} " in text
         assert f"MESH_{setting.upper().replace('-', '_')}" in text

@@ -71,7 +71,7 @@ class Worker:
             on_lost=lambda key, holder: self.lost.append((key, holder)),
             clock=lambda: bucket.now,
             # Hosts' clocks may say what they like.
-            wall=lambda: 1000.0 * hash(name) + bucket.now,
+            wall=lambda: 1000.0 * (hash(name) % 1000) + bucket.now,
         )
 
     def changed(self) -> None:

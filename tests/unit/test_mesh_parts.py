@@ -48,7 +48,7 @@ def test_command_lines_say_what_was_asked_for() -> None:
     worker = worker_command("worker-1", Path("/d/served"), settings, cores=9)
     assert os.path.basename(worker[0]) == "mesh-worker"
     assert worker[1:] == [
-        *("--name", "worker-1", "--models", "/d/served", "--threads", "4"),
+        *("--name", "worker-1", "--models", "/d/served", "--pin-all", "--threads", "4"),
         *("--slots", "4", "--ctx", "512", "--speculation", "off"),
     ]
     router = router_command("router-1", 9337)

@@ -4,7 +4,7 @@ from rich.console import Console
 
 from mesh.fleet import Snapshot
 from mesh.tables import status_view
-from shared.presence import Beat, ModelState
+from shared.presence import Beat, ModelState, RoleChange
 
 
 def shown(*workers: Beat) -> str:
@@ -30,3 +30,14 @@ def test_progress_and_failures_are_no_advice() -> None:
     text = shown(Beat("worker-1", "ready", 1, models=states))
     assert "loading 40%" in text
     assert "!" not in text
+
+
+def test_role_changes_are_told_with_their_reason_the_newest_first() -> None:
+    first = RoleChange(1.0, "a", "promote", "3 waiting since 0.1 s")
+    second = RoleChange(2.0, "a", "demote", "idle for 60 s")
+    text = shown(
+        Beat("worker-1", "ready", 1, changes=(first,)),
+        Beat("worker-2", "ready", 1, changes=(second,)),
+    )
+    assert text.index("idle for 60 s") < text.index("3 waiting since 0.1 s")
+    assert "role changes" not in shown(Beat("worker-1", "ready", 1))

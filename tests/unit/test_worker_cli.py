@@ -14,7 +14,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[AgentSettings]:
     """Settings that the worker would have run with."""
     taken: list[AgentSettings] = []
 
-    async def run(settings: AgentSettings, sources: Any) -> None:
+    async def run(settings: AgentSettings, pinned: Any, roles: Any) -> None:
         taken.append(settings)
 
     monkeypatch.setattr(worker.cli, "_run", run)
@@ -25,6 +25,38 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[AgentSettings]:
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "m.gguf").touch()
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("flags", "pinned", "roles"),
+    [([], [], ["m"]), (["--model", "m"], ["m"], []), (["--pin-all"], ["m"], [])],
+)
+def test_models_are_roles_unless_they_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    flags: list[str],
+    pinned: list[str],
+    roles: list[str],
+) -> None:
+    taken: list[list[str]] = []
+
+    async def run(settings: AgentSettings, *sources: Any) -> None:
+        taken.extend([model.name for model in models] for models in sources)
+
+    monkeypatch.setattr(worker.cli, "_run", run)
+    assert worker.cli.main(["--models", str(folder), *flags]) == 0
+    assert taken == [pinned, roles]
+
+
+def test_models_are_named_in_one_way(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert worker.cli.main(["--models", str(folder), "--pin-all", "--model", "m"]) == 2
+    assert capsys.readouterr().err == "mesh-worker: --pin-all and --model: wanted one of them\n"
+
+
+def test_the_time_without_use(asked: list[AgentSettings], folder: Path) -> None:
+    assert worker.cli.main(["--models", str(folder)]) == 0
+    assert worker.cli.main(["--models", str(folder), "--idle-after", "3.5"]) == 0
+    assert [settings.timing.idle_after for settings in asked] == [60.0, 3.5]
 
 
 @pytest.mark.parametrize("wanted", ["auto", "ngram", "off"])

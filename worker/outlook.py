@@ -1,0 +1,187 @@
+"""What this worker sees of the fleet: other workers, leases, demand, what the operator has set.
+
+All of it is heard, nothing is asked for: the server tells what is written into the buckets, and
+whoever writes there writes again within seconds. So a worker that has just come, or whose
+connection was away, listens for a while before it believes that it sees everything.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+
+import msgspec
+import structlog
+
+from shared import subjects
+from shared.bus import Bus
+from shared.demand import REFRESH, DemandEntry, decode_entry, total
+from shared.kv import DEMAND, WORKERS, Entry, Kv
+from shared.leases import RENEW_SECONDS, LeaseTable
+from shared.ledger import FORGET
+from shared.presence import Beat, LoadableModel, decode_beat
+from shared.settings import SettingsView
+from shared.snapshot import Holding, LeaseView, Snapshot, WorkerView
+
+__all__ = ("LEAST_PAUSE", "Outlook", "view_of")
+
+LEAST_PAUSE = 2.0
+"""Seconds between two beats that other workers hear, unless something has changed."""
+
+MOST_HEARD = 250.0
+"""Beats a second that a worker wants to hear: in a large fleet they come less often."""
+
+MISSED = 4
+"""Beats in a row that a worker may miss before it is out of sight."""
+
+_log = structlog.get_logger()
+
+
+class Outlook:
+    """What is known of the others; `snapshot` adds what the worker knows of itself."""
+
+    def __init__(
+        self,
+        worker: str,
+        leases: LeaseTable,
+        *,
+        on_demand: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.settings = SettingsView()
+        self._worker = worker
+        self._leases = leases
+        self._on_demand = on_demand
+        self._clock = clock
+        self._wall = wall
+        self._beats: dict[str, tuple[Beat, float]] = {}
+        self._entries: dict[str, tuple[DemandEntry, int]] = {}
+        self._costs: dict[tuple[LoadableModel, ...], Mapping[str, int]] = {}
+        self._listening_since = clock()
+
+    async def open(self, bus: Bus) -> None:
+        """Begin to listen; raises BusUnavailable."""
+        kv = Kv(bus)
+        await kv.follow(WORKERS, self.hear_worker)
+        await kv.follow(DEMAND, self.hear_demand)
+        await self.settings.open(bus)
+        self._listening_since = self._clock()
+
+    def reconnected(self) -> None:
+        """NATS is back: listen anew before acting."""
+        self.settings.reconnected()
+        self._entries = {key: (entry, 0) for key, (entry, _) in self._entries.items()}
+        self._listening_since = self._clock()
+
+    @property
+    def pause(self) -> float:
+        """Seconds between two beats for other workers."""
+        return max(LEAST_PAUSE, (len(self._beats) + 1) / MOST_HEARD)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that is told again and again has been heard."""
+        needed = max(1.5 * self.pause, RENEW_SECONDS + 1.0, REFRESH)
+        return self.settings.known and self._clock() - self._listening_since >= needed
+
+    def hear_worker(self, entry: Entry) -> None:
+        """Another worker's beat."""
+        if entry.key == self._worker:
+            return
+        try:
+            beat = None if entry.value is None else decode_beat(entry.value)
+        except msgspec.DecodeError as error:
+            _log.warning("beat.undecodable", worker=entry.key, reason=str(error))
+            return
+        if beat is None or beat.state == "gone" or beat.worker != entry.key:
+            self._beats.pop(entry.key, None)
+            return
+        self._beats[entry.key] = (beat, self._clock())
+
+    def hear_demand(self, entry: Entry) -> None:
+        """A router's account of one model."""
+        _, revision = self._entries.get(entry.key, (None, 0))
+        if entry.revision < revision:
+            return
+        if entry.value is None:
+            self._entries.pop(entry.key, None)
+            return
+        try:
+            told = decode_entry(entry.value)
+            owner = subjects.read_demand_key(entry.key)
+        except (msgspec.DecodeError, ValueError) as error:
+            _log.warning("demand.undecodable", key=entry.key, reason=str(error))
+            return
+        if owner == (told.model, told.router):
+            self._entries[entry.key] = (told, entry.revision)
+            if told.waiting:
+                self._on_demand()
+
+    def snapshot(self, own: Beat) -> Snapshot:
+        """Everything at this moment, `own` being what the worker would tell of itself now."""
+        now, wall = self._clock(), self._wall()
+        silent = MISSED * self.pause
+        self._beats = {
+            name: (beat, heard)
+            for name, (beat, heard) in self._beats.items()
+            if now - heard <= silent
+        }
+        self._entries = {
+            key: (entry, revision)
+            for key, (entry, revision) in self._entries.items()
+            if wall - entry.at <= FORGET
+        }
+        beats = [own, *(beat for beat, _ in self._beats.values())]
+        self._costs = {beat.able: self._costs.get(beat.able) or _costs(beat) for beat in beats}
+        return Snapshot(
+            workers=tuple(view_of(beat, self._costs[beat.able]) for beat in beats),
+            leases=tuple(
+                LeaseView(
+                    key.model,
+                    key.number,
+                    lease.worker,
+                    "ready" if lease.state == "ready" else "loading",
+                    lease.since,
+                )
+                for key, lease in self._leases.live(now)
+            ),
+            settings=self.settings.settings,
+            demand=total((entry for entry, _ in self._entries.values()), wall),
+            slots=_slots(beats),
+        )
+
+
+def view_of(beat: Beat, costs: Mapping[str, int]) -> WorkerView:
+    """A worker as the placement function sees it; `costs` are those of what it could load."""
+    return WorkerView(
+        name=beat.worker,
+        memory=beat.memory_budget,
+        able=costs,
+        holds=tuple(
+            Holding(
+                model=model.name,
+                state=model.state,
+                since=model.since,
+                busy=model.busy,
+                memory=model.memory,
+                pinned=model.pinned,
+            )
+            for model in beat.models
+            if model.state != "failed" and not model.alias_of
+        ),
+        open=beat.state not in ("draining", "gone"),
+    )
+
+
+def _costs(beat: Beat) -> Mapping[str, int]:
+    return {model.name: model.memory for model in beat.able}
+
+
+def _slots(beats: list[Beat]) -> dict[str, int]:
+    """Slots of a replica by model: what is really set up goes before what is promised."""
+    promised = {model.name: model.slots for beat in beats for model in beat.able}
+    return promised | {
+        model.name: model.slots
+        for beat in beats
+        for model in beat.models
+        if model.state == "ready" and not model.alias_of and model.slots
+    }
