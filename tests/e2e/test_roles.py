@@ -4,6 +4,7 @@ what to serve, and no request fails.
 
 import asyncio
 import json
+import random
 import secrets
 import threading
 import time
@@ -198,3 +199,25 @@ def test_demand_shifts_from_one_model_to_another(parts: Standbys) -> None:
 @pytest.mark.parametrize("parts", [60.0], indirect=True)
 def test_an_idle_model_is_let_go_after_a_minute(parts: Standbys) -> None:
     shift(parts, 60.0)
+
+
+STEADY_SECONDS = 600.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("parts", [60.0], indirect=True)
+def test_steady_load_changes_no_role(parts: Standbys) -> None:
+    """Two models, Poisson arrivals, ten minutes: what was taken up at the beginning stays."""
+    with Watcher(parts._nats.url_for("mesh-1")) as watcher, ThreadPoolExecutor(32) as pool:
+        watcher.until(lambda: standby(watcher), parts.story)
+        time.sleep(7.0)
+        draw = random.Random(4)
+        asked = [pool.submit(ask, parts, model) for model in (A, B)]
+        started = time.monotonic()
+        while time.monotonic() - started < STEADY_SECONDS:
+            time.sleep(draw.expovariate(1.0))
+            asked.append(pool.submit(ask, parts, A if draw.random() < 0.7 else B))
+        assert all(answer.result() for answer in asked)
+        assert sorted(model for model, *_ in watcher.changes("promote")) == [A, B]
+        assert not any(watcher.changes(kind) for kind in ("demote", "lost", "fail"))

@@ -63,6 +63,47 @@ def test_models_lists_each_with_its_workers(mesh_system: MeshUp) -> None:
     assert [worker["worker"] for worker in model["workers"]] == ["worker-1"]
 
 
+def test_replicas_are_set_shown_and_cleared(mesh_system: MeshUp) -> None:
+    name = mesh_system.model
+    usual = f"{name}: at least 0, at most as many as demand asks for, priority 0"
+    assert mesh(mesh_system, "models", "set", name).startswith(usual)
+    said = mesh(mesh_system, "models", "set", name, "--min", "1", "--max", "3", "--pin", "worker-1")
+    assert said == f"{name}: at least 1, at most 3, priority 0, pinned to worker-1\n"
+    said = mesh(mesh_system, "models", "set", name, "--priority", "2", "--unpin")
+    assert said == f"{name}: at least 1, at most 3, priority 2, pinned to no worker\n"
+    assert "at least 1, at most 3" in mesh(mesh_system, "models", "set", name)
+    assert mesh(mesh_system, "models", "set", name, "--clear").startswith(usual)
+    said = mesh(mesh_system, "models", "set", "org/other:7b", "--max", "1")
+    assert "no worker tells of a model 'org/other:7b' yet" in said
+    mesh(mesh_system, "models", "set", "org/other:7b", "--clear")
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--min", "3", "--max", "2"), "--min 3 is more than --max 2; wanted at most as many"),
+        (("--clear", "--min", "1"), "--clear: wanted without other settings"),
+        (("--pin", "a", "--unpin"), "--pin and --unpin: wanted one of them"),
+        (("--min", "-1"), 'Invalid value "-1" for --min. Must be >= 0.'),
+    ],
+)
+def test_what_cannot_be_set_is_one_line(
+    mesh_system: MeshUp, flags: tuple[str, ...], line: str
+) -> None:
+    done = subprocess.run(
+        mesh_command(
+            *("models", "set", mesh_system.model, *flags),
+            *("--data-dir", str(mesh_system.data_dir)),
+        ),
+        capture_output=True,
+        text=True,
+        env=clean_environment(),
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (2, f"mesh: {line}\n")
+
+
 def test_chat_answers_what_is_piped_in(mesh_system: MeshUp) -> None:
     answer = mesh(mesh_system, "chat", "--temperature", "0", stdin="What is a mesh network?\n")
     assert "network" in answer
