@@ -125,7 +125,7 @@ class Visitor:
                     raise RuntimeError(f"{self.identity} ended before it could leave: {self.reply}")
                 if reader.reply.tokens >= count:
                     return reader.reply.first
-                await asyncio.sleep(0.0005)
+                await asyncio.sleep(0.002)
 
     def leave(self) -> float:
         """Close the socket; returns when.
