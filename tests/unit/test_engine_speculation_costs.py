@@ -124,3 +124,16 @@ def test_a_time_that_is_none_is_refused(seconds):
     with pytest.raises(ValueError, match=r".+"):
         cost.measured(1, seconds)
     assert cost.seconds(1) == pytest.approx(0.010)
+
+
+@given(rising_tables(), times, st.integers(1, 40), st.integers(1, 512))
+def test_the_most_rows_within_a_time_are_the_most_and_whole_times_the_least(
+    table, seconds, rows, most
+):
+    cost = StepCost(table.items())
+
+    found = cost.rows_within(seconds, rows, most)
+
+    assert found % rows == 0
+    assert found == rows or (found <= most and cost.seconds(found) <= seconds)
+    assert found + rows > most or cost.seconds(found + rows) > seconds

@@ -231,6 +231,23 @@ def test_a_step_never_has_too_many_rows():
     assert 0 < len(draft) < MOST_ROWS
 
 
+@pytest.mark.parametrize(
+    ("plain", "longest"),
+    [
+        pytest.param(0.05, 0.1, id="a tenth of a second"),
+        pytest.param(0.5, 0.75, id="half as long again as without"),
+    ],
+)
+def test_a_step_with_drafts_does_not_become_long(plain, longest):
+    cost = StepCost([(1, plain), (512, plain + 511 * plain / 25)])
+    asked = Speculator(cost, drafter=None, memory=None, most_rows=512)
+
+    (draft,) = asked.propose([candidate(asked, [7] * 200, 0, room=500)], still)
+
+    assert draft
+    assert cost.seconds(1 + len(draft)) <= longest < cost.seconds(MOST_ROWS)
+
+
 def test_what_is_not_drafted_is_not_verified():
     asked = speculator()
     assert list(asked.propose([candidate(asked, LONELY, 0)], still)) == [[]]

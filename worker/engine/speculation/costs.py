@@ -39,6 +39,19 @@ class StepCost:
             shape = self._known[rows] = self._interpolate(rows)
         return shape * math.exp(self._speed)
 
+    def rows_within(self, seconds: float, rows: int, most: int) -> int:
+        """The most rows that a call of so many seconds can have: a multiple of `rows`, which is
+        returned however long that takes, and at most `most` if that is more.
+        """
+        times, least = most // rows, 1
+        while times > least:
+            middle = (least + times + 1) // 2
+            if self.seconds(rows * middle) <= seconds:
+                least = middle
+            else:
+                times = middle - 1
+        return rows * least
+
     def measured(self, rows: int, seconds: float) -> None:
         """A call with so many rows took so long."""
         error = math.log(seconds / self.seconds(rows))

@@ -53,11 +53,10 @@ _LEAST_TOGETHER = 1.05
 """What speculation for several sequences must earn: the time of a step without is measured seldom
 while it goes on, and this is how far it may be off."""
 
-_SMALL_LAG = 64
-"""Tokens that a draft model catches up with at once."""
-
-_TRIED = 8
-"""Steps after which it is seen whether a sequence copies."""
+_LONGEST = 0.1
+_LONGEST_BESIDE_PLAIN = 1.5
+"""Seconds that a call with drafts may take, or how often as long as one without if that is more:
+the tokens of a step come together, and a client that leaves is heard of when it ends."""
 
 _PLAIN_EVERY = 128
 """Steps that speculate after which one does not, so that what it is compared with is measured."""
@@ -96,6 +95,8 @@ class Speculator:
         self.memory = memory
         self.counters = Counters()
         self._most_rows = most_rows
+        self._rows = most_rows
+        """That the call of this step may have."""
         self._matches = [Chance(prior, weight=8.0, memory=0.99) for _, prior in MATCHES]
         self._confidence = [Chance(prior, weight=8.0, memory=0.995) for prior in SURENESS]
         self._shares = Shares(SHARES, weight=32.0, memory=0.995)
@@ -146,15 +147,17 @@ class Speculator:
         if self._streak >= _PLAIN_EVERY:
             self._streak = 0
             return self._none(candidates)
+        plain = self.target.seconds(count)
+        longest = max(_LONGEST, _LONGEST_BESIDE_PLAIN * plain)
+        self._rows = self.target.rows_within(longest, count, self._most_rows)
         if self._is_hopeless(count):
             return self._none(candidates)
         began = clock()
         found = self._look_up(candidates)
-        rows = self._most_rows
         plan, drafted = Plan(0, False, 0.0, 1.0), list[int]()
         kind: Kind = "ngram"
         if any(p.most for p in found) and self._account("ngram", count).is_open():
-            plan = best_plan(found, self.target.seconds, most_rows=rows)
+            plan = best_plan(found, self.target.seconds, most_rows=self._rows)
         if self.drafter is not None and self._account("draft", count).is_open():
             other, by_model = self._model_plan(self.drafter, candidates, found)
             if other.length and by_model and other.rate > plan.rate:
@@ -245,13 +248,15 @@ class Speculator:
         """
         count = len(candidates)
         chances = [chance.mean for chance in self._confidence]
-        most = min(POSITIONS, self._most_rows // count - 1, *(c.room for c in candidates))
+        most = min(POSITIONS, self._rows // count - 1, *(c.room for c in candidates))
         drafted, total, overhead = [], [0.0] * len(chances), 0.0
         for i, (candidate, known) in enumerate(zip(candidates, found, strict=True)):
             shares = candidate.drafting.shares.shares
             right = sum(share * chance for share, chance in zip(shares, chances, strict=True))
             lag = max(0, drafter.lag(candidate.slot) - 1)
-            if (known.most > 1 and known.chance >= right) or not _may_catch_up(candidate, lag):
+            if (known.most > 1 and known.chance >= right) or not candidate.drafting.may_catch_up(
+                lag
+            ):
                 continue
             drafted.append(i)
             total = [sum(pair) for pair in zip(total, shares, strict=True)]
@@ -343,7 +348,7 @@ class Speculator:
             for c in candidates
         ]
         draft_seconds = drafter.cost.seconds(count)
-        most = min(POSITIONS, self._most_rows // count - 1, *(c.room for c in candidates))
+        most = min(POSITIONS, self._rows // count - 1, *(c.room for c in candidates))
         made = kept = 0
         tokens, best = 0.0, -plan.rate * self.target.seconds(count)
 
@@ -382,7 +387,7 @@ class Speculator:
             self._hopeless[count] = left - 1
             return True
         sure = [Prospect(0.97, MOST_ROWS - 1)] * count
-        if best_plan(sure, self.target.seconds, most_rows=self._most_rows).length:
+        if best_plan(sure, self.target.seconds, most_rows=self._rows).length:
             return False
         self._hopeless[count] = _RECONSIDERED
         return True
@@ -393,11 +398,3 @@ class Speculator:
         if account is None:
             account = self._accounts[key] = Account(1.0 if count == 1 else _LEAST_TOGETHER)
         return account
-
-
-def _may_catch_up(candidate: Candidate, lag: int) -> bool:
-    """Whether the lag is small, or it is known by now that the lookup will not do the work: of a
-    text that is mostly copied, the draft model would read all of the prompt for a few words.
-    """
-    drafting = candidate.drafting
-    return lag <= _SMALL_LAG or (drafting.steps >= _TRIED and drafting.followed < 0.5)
