@@ -33,7 +33,7 @@ class Claim(NamedTuple):
     relief: float
     """How much it is wanted, negated: load per slot, or seconds of waiting."""
     model: str
-    index: int
+    ordinal: int
     target: str = ""
     """The only worker it may go to."""
 

@@ -19,8 +19,8 @@ answers of 30 s moved a model up to 1.8 times an hour; so it is 0.1 times, at wo
 may have it evicted.
 
 **Bursts.** A replica that loads counts. While the first one loads, nothing is added, however many
-wait for it; later at most as many as are ready already (so that they double), and none before the
-newest has been ready for `SETTLE`, for until then the load does not show what it does.
+wait for it; later at most as many as have been ready for `SETTLE` (so that they double), for until
+then the load does not show what a new one does. A load that takes long holds up nobody but itself.
 """
 
 import math
@@ -34,6 +34,7 @@ __all__ = (
     "DEFAULT_TIMING",
     "DRAIN",
     "EVICT_AFTER",
+    "GROWTH",
     "IDLE_AFTER",
     "LEAST_STAY",
     "SETTLE",
@@ -60,6 +61,9 @@ SETTLE = 10.0
 DRAIN = 5.0
 """Seconds in which what drains is expected to be gone; room is made elsewhere after that."""
 
+GROWTH = 2
+"""Factor by which replicas grow at once at most, counted from those that have settled."""
+
 
 class Timing(NamedTuple):
     """The times of the rules, in seconds."""
@@ -69,6 +73,8 @@ class Timing(NamedTuple):
     least_stay: float = LEAST_STAY
     settle: float = SETTLE
     drain: float = DRAIN
+    growth: int = GROWTH
+    """A factor, not a time."""
 
 
 DEFAULT_TIMING = Timing()
@@ -199,10 +205,10 @@ def _by_load(
         return 0, "not held, nobody waits"
     up = enough(demand.load, demand.sustained, slots)
     if up > present:
-        ready = [replica.since for replica in replicas if replica.ready]
-        if not ready or len(ready) < present or now - max(ready) < timing.settle:
-            return present, f"load {demand.load:.1f}, until what loads shows its effect"
-        count = min(up, 2 * present)
+        settled = sum(r.ready and now - r.since >= timing.settle for r in replicas)
+        count = min(up, timing.growth * settled)
+        if count <= present:
+            return present, f"load {demand.load:.1f}, until the newest replicas show their effect"
         return count, f"load {demand.load:.1f} on {present * slots} slots"
     most = max(1, spare(demand.load, demand.sustained, slots))
     if present > most:

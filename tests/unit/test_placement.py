@@ -6,17 +6,16 @@ import random
 import msgspec
 import pytest
 
-from shared.demand import LOAD_HALF_LIFE, SUSTAINED_HALF_LIFE, Demand
+from loadtests.simulation.noise import NoisyModel
+from shared.demand import Demand
 from shared.placement import decide
 from shared.replicas import (
     EVICT_AFTER,
     IDLE_AFTER,
     LEAST_STAY,
     SETTLE,
-    Replica,
     enough,
     spare,
-    want,
 )
 from shared.snapshot import Holding, LeaseView, ModelSettings, Snapshot, WorkerView
 from tests.unit.toy_fleet import GIB, START, ToyFleet, shuffled
@@ -428,55 +427,13 @@ def test_order_of_input_is_irrelevant():
         fleet.step(5)
 
 
-class NoisyModel:
-    """Requests come at random, last as long as they like, and wait for a slot: M/M/c, with as many
-    slots as its replicas have, which come and go as wanted."""
-
-    def __init__(self, load: float, seconds: float, seed: str) -> None:
-        self.rng = random.Random(seed)
-        self.load, self.seconds = load, seconds
-        self.running = self.mean = self.sustained = round(load)
-        self.now = START
-        self.replicas = [self._replica(number) for number in range(enough(load, load, 8))]
-        self.ups: list[float] = []
-        self.downs: list[float] = []
-
-    def step(self, pause: float) -> None:
-        rng = self.rng
-        still = math.exp(-pause / self.seconds)
-        taken = min(self.running, 8 * len(self.replicas))
-        self.running -= sum(rng.random() > still for _ in range(taken))
-        left = self.load / self.seconds * pause
-        while (left := left - rng.expovariate(1.0)) > 0:
-            self.running += 1
-        running = self.running
-        self.mean = running + (self.mean - running) * 0.5 ** (pause / LOAD_HALF_LIFE)
-        self.sustained = running + (self.sustained - running) * 0.5 ** (pause / SUSTAINED_HALF_LIFE)
-        self.now += pause
-        demand = Demand(
-            running=running, load=self.mean, sustained=self.sustained, last_use=self.now
-        )
-        wanted = want(ModelSettings("a"), demand, 8, self.replicas, 0, self.now).replicas
-        present = len(self.replicas)
-        if wanted > present:
-            self.ups.append(self.now)
-            self.replicas += [self._replica(number) for number in range(present, wanted)]
-        elif wanted < present:
-            self.downs.append(self.now)
-            del self.replicas[wanted:]
-
-    def _replica(self, number: int) -> Replica:
-        return Replica(True, number, f"w{number}", True, self.now, 0, 0, True)
-
-
 @pytest.mark.parametrize("seconds", [2, 8, 30])
 @pytest.mark.parametrize("load", [1.3, 2.5, 5.6, 6.0, 12.8, 40, 200])
 def test_steady_load_with_poisson_noise_changes_nothing(load: float, seconds: float):
     """Two hours after the first half hour, around loads at which one more is just wanted."""
     model = NoisyModel(load, seconds, f"{load} {seconds}")
-    for _ in range(4500):
-        model.step(2.0)
-    settled = START + 1800
+    model.run(9000)
+    settled = 1800
     # Chance may lift the load to one replica more once; what must not be is to and fro.
     assert [at for at in model.downs if at > settled] == []
     assert len([at for at in model.ups if at > settled]) <= 1
@@ -486,8 +443,7 @@ def test_noise_moves_a_model_less_than_once_in_five_hours_where_it_is_worst():
     """Answers of 30 s at a load of 2.5: half of one replica's slots is an ordinary deviation."""
     models = [NoisyModel(2.5, 30, f"worst {seed}") for seed in range(10)]
     for model in models:
-        for _ in range(3600):
-            model.step(2.0)
+        model.run(7200)
     assert sum(len(model.downs) for model in models) <= 4
 
 
