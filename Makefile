@@ -15,7 +15,7 @@ CHECKED := shared router worker mesh loadtests tests infra
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test slow soak lint format check bench-engine bench-router bench-end-to-end bench-cancel bench-servers bench-memory peers bench-peers bench-speculation check-equality clean distclean
+.PHONY: help env run test slow soak lint format check bench-engine bench-router bench-routing bench-end-to-end bench-cancel bench-servers bench-memory peers bench-peers bench-speculation check-equality clean distclean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | \
@@ -56,6 +56,9 @@ check: lint test ## What CI runs
 
 bench-engine: env ## Engine against llama.cpp's own ceiling
 	$(BIN)/python -m loadtests.bench_engine $(ARGS)
+
+bench-routing: env ## Routing against a random worker, round robin and the queue group
+	$(BIN)/python -m loadtests.bench_routing $(ARGS)
 
 bench-router: env ## Router alone: CPU a token, streams, memory
 	$(BIN)/python -m loadtests.bench_router $(ARGS)

@@ -201,11 +201,17 @@ class Stack:
         running = {name: child.pid for name, child in self.children.items()}
         return {"nats": self.nats.pid} | {n: pid for n, pid in running.items() if pid is not None}
 
-    async def router(self, name: str = "router-1", *arguments: str, port: int = 0) -> int:
+    async def router(
+        self,
+        name: str = "router-1",
+        *arguments: str,
+        port: int = 0,
+        program: str = "router.cli",
+    ) -> int:
         """Start a router, or start it again on its old port; returns its port when it is ready."""
         port = port or self.ports.get(name) or free_port()
         self.ports[name] = port
-        command = self._program("router.cli", "--host", "127.0.0.1", "--port", str(port))
+        command = self._program(program, "--host", "127.0.0.1", "--port", str(port))
         await self._start(name, [*command, "--name", name, *arguments])
         await self._until_up(name, wait_ready(port))
         return port

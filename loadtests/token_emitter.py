@@ -60,22 +60,35 @@ class Emitter:
     """Takes requests, and says what to publish when."""
 
     def __init__(
-        self, worker: str, *, interval: float, slots: int, width: int = 16, stamped: bool = True
+        self,
+        worker: str,
+        *,
+        interval: float,
+        slots: int,
+        width: int = 16,
+        stamped: bool = True,
+        queue: int = 0,
     ) -> None:
         self.worker = worker
         self.slots = slots
+        self.queue_limit = queue
         self.tokens = 0
         self._interval = interval
         self._width = width
         self._stamped = stamped
         self._steps: list[_Step] = []
         self._running: dict[int, _Stream] = {}
+        self._waiting: dict[int, _Stream] = {}
         self._first: list[_Stream] = []
         self._outbox: list[Outgoing] = []
 
     @property
     def free(self) -> int:
-        return self.slots - len(self._running)
+        return 0 if self._waiting else self.slots - len(self._running)
+
+    @property
+    def queued(self) -> int:
+        return len(self._waiting)
 
     @property
     def next_due(self) -> float | None:
@@ -93,24 +106,32 @@ class Emitter:
             vectors = (_VECTOR,) * len(request.inputs)
             self._post(reply, Accepted(attempt, self.worker))
             self._post(reply, EmbedResult(attempt, vectors, Usage(8 * len(vectors), 0)))
-        elif self.free <= 0:
+        elif self.free <= 0 and len(self._waiting) >= self.queue_limit:
             self._post(reply, Busy(attempt, self.worker))
         else:
             tokens = request.max_tokens or _DEFAULT_TOKENS
             stream = _Stream(attempt, reply, tokens, request.n, now)
-            self._running[attempt] = stream
-            self._post(reply, Accepted(attempt, self.worker))
-            self._first.append(stream)
+            place = 0
+            if self.free > 0:
+                self._begin(stream)
+            else:
+                self._waiting[attempt] = stream
+                place = len(self._waiting)
+            self._post(reply, Accepted(attempt, self.worker, place))
 
     def cancel(self, attempts: Iterable[int]) -> None:
         """Forget these attempts; no more is said of them."""
         for attempt in attempts:
+            if self._waiting.pop(attempt, None) is not None:
+                continue
             stream = self._running.pop(attempt, None)
             if stream is not None:
                 stream.cancelled = True
+        self._promote()
 
     def forget_all(self) -> None:
         """Forget every stream: whoever wanted them cannot be reached any more."""
+        self._waiting = {}
         self.cancel(list(self._running))
         self._steps, self._first, self._outbox = [], [], []
 
@@ -126,13 +147,23 @@ class Emitter:
                 if step.due < now:
                     step.due = now + self._interval
         self._steps = [step for step in self._steps if step.streams]
-        begun = [stream for stream in self._first if not stream.cancelled]
-        self._first = []
-        outgoing += self._emit(begun, now)
-        for stream in begun:
-            if stream.attempt in self._running:
-                self._join(stream, now)
+        while self._first:
+            begun = [stream for stream in self._first if not stream.cancelled]
+            self._first = []
+            # What ends here lets those in that wait.
+            outgoing += self._emit(begun, now)
+            for stream in begun:
+                if stream.attempt in self._running:
+                    self._join(stream, now)
         return outgoing
+
+    def _begin(self, stream: _Stream) -> None:
+        self._running[stream.attempt] = stream
+        self._first.append(stream)
+
+    def _promote(self) -> None:
+        while self._waiting and len(self._running) < self.slots:
+            self._begin(self._waiting.pop(next(iter(self._waiting))))
 
     def _post(self, reply: str, frame: Frame) -> None:
         self._outbox.append(Outgoing(reply, encode((frame,))))
@@ -163,6 +194,7 @@ class Emitter:
 
     def _finish(self, stream: _Stream, frames: list[Frame], now: float) -> None:
         self._running.pop(stream.attempt, None)
+        self._promote()
         frames += [
             Done(stream.attempt, choice, stream.tokens, "length")
             for choice in range(stream.choices)

@@ -124,6 +124,8 @@ class TokenWorker:
             state="ready" if state == "ready" else "draining",
             slots=self._emitter.slots,
             free=self._emitter.free,
+            queued=self._emitter.queued,
+            queue_limit=self._emitter.queue_limit,
             context=_CONTEXT,
             created=int(self._started),
         )
@@ -159,6 +161,7 @@ def main(
     model: str = "tokens",
     interval_ms: float = 20.0,
     slots: int = 10000,
+    queue: int = 0,
     step_streams: int = 16,
     stamp: bool = True,
     identity: str = "",
@@ -170,13 +173,19 @@ def main(
         model: the name to serve
         interval_ms: milliseconds between two tokens of a stream; 0: the whole answer at once
         slots: streams taken together
+        queue: requests that wait for a slot, beyond which it says that it is busy
         step_streams: most streams that one engine-like step advances
         stamp: tokens are their CLOCK_MONOTONIC time, so that a client can tell their age
         identity: name of the worker; default one of its own
     """
     name = identity or f"tokens-{os.getpid()}"
     emitter = Emitter(
-        name, interval=interval_ms / 1e3, slots=slots, width=step_streams, stamped=stamp
+        name,
+        interval=interval_ms / 1e3,
+        slots=slots,
+        width=step_streams,
+        stamped=stamp,
+        queue=queue,
     )
     try:
         uvloop.run(serve(nats, model, name, emitter))

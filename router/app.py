@@ -29,7 +29,12 @@ log = structlog.get_logger(__name__)
 
 def create_app(dispatcher: Dispatcher, settings: Settings) -> Front:
     """Build the application around a dispatcher that runs, or soon will."""
-    metrics = Metrics(dispatcher.fleet.knows, lambda: dispatcher.bus.connected)
+    metrics = Metrics(
+        dispatcher.fleet.knows,
+        lambda: dispatcher.bus.connected,
+        held=dispatcher.waiting.counts,
+        wishes=dispatcher.wishes.current,
+    )
     app = Litestar(
         route_handlers=[
             *inference_routes(dispatcher, metrics, settings),

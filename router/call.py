@@ -112,6 +112,11 @@ class Call:
         return self._assembly.worker
 
     @property
+    def progress(self) -> str:
+        """How far its model is, while it is held for it; else empty."""
+        return self._desk.waiting.progress(self._request.model) if self._held else ""
+
+    @property
     def reason(self) -> Why:
         """Why it was asked where it was asked last."""
         return self._search.reason
@@ -333,7 +338,9 @@ class Call:
         """The connection was away: what was asked may be lost, and so may any frame."""
         if self._held:
             return
-        if sum(self._assembly.counts.values()) == 0:
+        # Counted now: what came before the interruption is no sign of life after it.
+        self._seen = sum(self._assembly.counts.values())
+        if self._seen == 0:
             self._search.begin_anew()
             self._ask_another()
         else:

@@ -51,6 +51,12 @@ def serve(
     request_timeout: _Seconds = 600.0,
     grace: Annotated[float, Parameter(validator=Number(gte=0))] = 30.0,
     ping_interval: _Seconds = 10.0,
+    max_rtt: _Seconds = 80.0,
+    far: bool = False,
+    load_bound: Annotated[float, Parameter(validator=Number(gt=1))] = 1.75,
+    held_per_model: Annotated[int, Parameter(validator=Number(gte=0))] = 256,
+    held_in_all: Annotated[int, Parameter(validator=Number(gte=0))] = 1024,
+    wait_for_workers: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0,
     log_level: Level = "info",
 ) -> int:
     """Answer OpenAI's HTTP API from the workers of a mesh over NATS.
@@ -73,6 +79,19 @@ def serve(
         Seconds that open answers are given on SIGTERM; a second SIGTERM ends at once.
     ping_interval
         Seconds of silence after which a stream gets a comment that keeps its connection open.
+    max_rtt
+        Milliseconds of round trip beyond which a worker gets nothing while a nearer one serves.
+    far
+        Use workers beyond that where no nearer one serves the model, the nearest first.
+    load_bound
+        How far above the mean load a worker may be and still get its own conversations.
+    held_per_model
+        Requests that may wait for one model that is being brought up.
+    held_in_all
+        Requests that may wait for all such models together.
+    wait_for_workers
+        Seconds that a request for a known model is held although no worker is left that could load
+        it; for where workers are started on demand.
     log_level
         What is logged to stderr.
     """
@@ -87,6 +106,12 @@ def serve(
             request_timeout=request_timeout,
             grace=grace,
             ping_interval=ping_interval,
+            max_rtt=max_rtt / 1000,
+            far=far,
+            load_bound=load_bound,
+            held_per_model=held_per_model,
+            held_in_all=held_in_all,
+            wait_for_workers=wait_for_workers,
         )
     )
 

@@ -9,7 +9,7 @@ worker by guessing a name.
 from shared.protocol import ChatInput, Embed, Generate, Request, TokenInput
 from shared.ring import hash_key
 
-__all__ = ("conversation_key", "rough_tokens")
+__all__ = ("BYTES_PER_TOKEN", "conversation_key", "rough_tokens")
 
 PART = 512
 """Characters of a message's start, and as many of its end, that tell it from others."""

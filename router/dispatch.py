@@ -16,19 +16,23 @@ import structlog
 
 from router.call import Call
 from router.demand import Demand
+from router.demand_board import DemandBoard
 from router.desk import Sink
 from router.fleet import Fleet
 from router.inbox import Inbox
 from router.pings import Pings
 from router.settings import Settings
 from router.waiting import Held, WaitingRoom
+from router.wishes import Wishes
 from shared import __version__, subjects
 from shared.bus import Bus, BusMessage, BusUnavailable
 from shared.distance import Distances
 from shared.errors import MeshError, ModelNotFound, QueueFull, Unavailable
+from shared.kv import Kv
 from shared.presence import RouterBeat, decode_beat, encode_beat
 from shared.protocol import Cancel, Request, encode
 from shared.routing import Routing
+from shared.settings import SettingsAnnouncer
 
 __all__ = ("Dispatcher", "Watched")
 
@@ -64,8 +68,14 @@ class Dispatcher:
         )
         self.demand = Demand(settings.name, self.fleet)
         self.waiting = WaitingRoom(
-            self.fleet, per_model=settings.held_per_model, in_all=settings.held_in_all
+            self.fleet,
+            per_model=settings.held_per_model,
+            in_all=settings.held_in_all,
+            patience=settings.wait_for_workers,
         )
+        self.board = DemandBoard(Kv(bus), self.demand.ledger, urgent=self.demand.urgent)
+        self.announcer = SettingsAnnouncer(bus)
+        self.wishes = Wishes(self.fleet.beats, self.board.demand, lambda: self.announcer.settings)
         self.pings = Pings(bus, self.distances, self.fleet.workers)
         self.inbox = Inbox(bus.inbox)
         self.watched: set[Watched] = set()
@@ -86,7 +96,14 @@ class Dispatcher:
         self._listening_since = time.monotonic()
         async with self.inbox.listening(self.bus), asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            for job in (self._sweep, self._beat, self._cancel, self.pings.run):
+            for job in (
+                self._sweep,
+                self._beat,
+                self._cancel,
+                self.pings.run,
+                self.board.run,
+                self.announcer.run,
+            ):
                 self.spawn(job())
             try:
                 yield
@@ -137,6 +154,8 @@ class Dispatcher:
         """The connection to NATS has come or gone."""
         if connected:
             now = self._listening_since = time.monotonic()
+            self.board.reconnected()
+            self.announcer.reconnected()
             for receiver in self.inbox.receivers():
                 receiver.interrupted(now)
 
@@ -174,10 +193,11 @@ class Dispatcher:
         Raises:
             Unavailable: too many wait.
         """
-        if (busy and not again) or not self.fleet.hopeful(model):
-            return False
         pool = self.fleet.pool(model)
-        if pool is not None and not pool.candidates:
+        if pool is not None and (not pool.candidates or (busy and not again)):
+            return False
+        patient = self.settings.wait_for_workers > 0 and self.fleet.knows(model)
+        if not (patient or self.fleet.hopeful(model) or (again and pool is not None)):
             return False
         self.waiting.enter(model, call, again=again)
         return True

@@ -14,6 +14,7 @@ import structlog
 from router.call import Call
 from router.dialects.answer import PING, Answer, Completed
 from router.dispatch import Dispatcher
+from router.explain import as_comment, explanation
 from router.metrics import Metrics
 from router.problems import JSON, error_body, error_headers
 from router.sse import Outlet, merge_frames, weight
@@ -61,12 +62,17 @@ class Exchange:
         answer: Answer,
         stream: bool,
         route: str,
+        cache_key: str = "",
+        explain: bool = False,
     ) -> None:
         self._dispatcher = dispatcher
         self._requests = requests
         self._answer = answer
         self._stream = stream
         self._route = route
+        self._cache_key = cache_key
+        self._explain = explain
+        self._progress = b""
         self._metrics = metrics.of(requests[0].model)
         self._calls: list[Call] = []
         self._ends: dict[int, Completed] = {}
@@ -108,7 +114,8 @@ class Exchange:
     async def _place(self) -> None:
         try:
             for part, request in enumerate(self._requests):
-                self._calls.append(await self._dispatcher.place(request, self, part))
+                call = await self._dispatcher.place(request, self, part, self._cache_key)
+                self._calls.append(call)
                 if self._failure is not None:
                     return
         except MeshError as error:
@@ -153,8 +160,18 @@ class Exchange:
         if self._outlet.parked:
             if idle > settings.reader_timeout and self._abort is not None:
                 self._abort()
-        elif self._stream and idle > settings.ping_interval:
-            self._write(self._outlet, PING, now)
+        elif self._stream:
+            progress = self._comment()
+            if progress != self._progress and progress:
+                self._progress = progress
+                self._write(self._outlet, progress, now)
+            elif idle > settings.ping_interval:
+                self._write(self._outlet, PING, now)
+
+    def _comment(self) -> bytes:
+        """What there is to tell while a model is brought up; never content."""
+        progress = next((call.progress for call in self._calls if call.progress), "")
+        return b": mesh %b\n\n" % progress.encode() if progress else b""
 
     def _observe(self, now: float) -> None:
         if self._last_token:
@@ -178,13 +195,29 @@ class Exchange:
     def _write(self, outlet: Outlet, body: bytes, now: float) -> None:
         if not self._status:
             self._status = 200
+            headers = self._headers + self._explained(now)
             if self._stream:
-                outlet.start(200, SSE_HEADERS + self._headers)
+                outlet.start(200, SSE_HEADERS + headers)
             else:
                 length = (b"content-length", b"%d" % len(body))
-                outlet.start(200, [JSON, length, *self._headers])
+                outlet.start(200, [JSON, length, *headers])
+        elif self._explain and (told := self._explained(now)):
+            body = as_comment(told) + body
         self._last_write = now
         outlet.write(body, more=not self._finished)
+
+    def _explained(self, now: float) -> list[tuple[bytes, bytes]]:
+        """The explanation, once, if one is wanted; a stream that is held tells it later."""
+        if not self._explain or not self._calls or self._calls[0].progress:
+            return []
+        self._explain = False
+        return explanation(
+            self._calls[0],
+            self._dispatcher.distances,
+            arrived=self._arrived,
+            now=now,
+            end=self._ends.get(0),
+        )
 
     def _write_failure(self, outlet: Outlet, error: MeshError) -> None:
         self._finished = True
@@ -194,7 +227,8 @@ class Exchange:
             return
         self._status = error.status
         length = (b"content-length", b"%d" % len(body))
-        outlet.start(error.status, [*error_headers(error), length, *self._headers])
+        headers = self._headers + self._explained(time.monotonic())
+        outlet.start(error.status, [*error_headers(error), length, *headers])
         outlet.write(body, more=False)
 
     def _hold(self, part: int, frame: Frame) -> None:

@@ -88,6 +88,8 @@ class Fleet:
             if model.state != "ready":
                 continue
             self._remember(model)
+            if model.alias_of:
+                self._own_names[model.name] = model.alias_of
             if serves:
                 ready.append(model.name)
                 self._offer(beat.worker, model)
@@ -125,8 +127,8 @@ class Fleet:
         return not self._workers
 
     def knows(self, model: str) -> bool:
-        """Whether the model is or was served by anybody."""
-        return model in self._remembered
+        """Whether the model is or was served by anybody, or could be."""
+        return model in self._remembered or model in self._own_names
 
     def pool(self, model: str) -> Pool | None:
         """The workers that serve the model now; None: there are none."""

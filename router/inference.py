@@ -6,23 +6,32 @@ object made and sent) would be half of what a request costs, and an exchange nee
 
 import time
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 from litestar.handlers import ASGIRouteHandler
 
+from router.automatic import AUTO, choose_model
 from router.body import read_json_body
-from router.dialects.chat import chat_to_generate, parse_chat
+from router.conversation import BYTES_PER_TOKEN
+from router.dialects.chat import ChatRequest, chat_to_generate, parse_chat
 from router.dialects.chat_answer import ChatAnswer, ChatStream
 from router.dialects.completions import (
+    CompletionRequest,
     completion_to_generates,
     parse_completion,
     prompts_of,
 )
 from router.dialects.completions_answer import CompletionAnswer, CompletionStream
-from router.dialects.embeddings import EmbeddingAnswer, embedding_to_embed, parse_embedding
+from router.dialects.embeddings import (
+    EmbeddingAnswer,
+    EmbeddingRequest,
+    embedding_to_embed,
+    parse_embedding,
+)
 from router.dispatch import Dispatcher
 from router.exchange import REQUEST_ID, Exchange
+from router.explain import wants_explanation
 from router.metrics import Metrics
 from router.owner import bearer_key, owner_of
 from router.problems import MethodNotAllowed
@@ -46,6 +55,8 @@ RequestTimeout = Annotated[
 """`X-Request-Timeout`: how long the answer may take in all."""
 _decode_timeout = msgspec.json.Decoder(RequestTimeout).decode
 
+_Named = TypeVar("_Named", ChatRequest, CompletionRequest, EmbeddingRequest)
+
 
 class Origin(NamedTuple):
     """A request as it came: its body, and the fields that every internal request has."""
@@ -54,6 +65,8 @@ class Origin(NamedTuple):
     fields: dict[str, Any]
     key: bytes
     """The API key, which goes no further."""
+    explain: bool
+    """Whether the answer should say why it came from where it came."""
 
     def own(self, generate: Generate) -> Generate:
         """Say whose request it is."""
@@ -66,8 +79,16 @@ def inference_routes(
 ) -> list[ASGIRouteHandler]:
     """Routes for chat, completions and embeddings."""
 
+    def named(wanted: _Named, origin: Origin, *, embeddings: bool = False) -> _Named:
+        """The same request for the model that `auto` stands for."""
+        if wanted.model != AUTO:
+            return wanted
+        tokens = len(origin.body) // BYTES_PER_TOKEN
+        model = choose_model(dispatcher.fleet, embeddings=embeddings, tokens=tokens)
+        return msgspec.structs.replace(wanted, model=model)
+
     def chat(origin: Origin) -> Exchange:
-        wanted = parse_chat(origin.body)
+        wanted = named(parse_chat(origin.body), origin)
         generate = chat_to_generate(wanted, attempt=attempt_number(), **origin.fields)
         n = generate.n
         include_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
@@ -82,10 +103,12 @@ def inference_routes(
             ),
             stream=bool(wanted.stream),
             route=CHAT,
+            cache_key=wanted.prompt_cache_key or "",
+            explain=origin.explain,
         )
 
     def completions(origin: Origin) -> Exchange:
-        wanted = parse_completion(origin.body)
+        wanted = named(parse_completion(origin.body), origin)
         prompts = prompts_of(wanted)
         generates = completion_to_generates(
             wanted, [attempt_number() for _ in prompts], **origin.fields
@@ -104,10 +127,12 @@ def inference_routes(
             ),
             stream=bool(wanted.stream),
             route=COMPLETIONS,
+            cache_key=wanted.prompt_cache_key or "",
+            explain=origin.explain,
         )
 
     def embeddings(origin: Origin) -> Exchange:
-        wanted = parse_embedding(origin.body)
+        wanted = named(parse_embedding(origin.body), origin, embeddings=True)
         return Exchange(
             dispatcher,
             metrics,
@@ -115,6 +140,7 @@ def inference_routes(
             answer=EmbeddingAnswer(wanted.model, as_base64=wanted.encoding_format == "base64"),
             stream=False,
             route=EMBEDDINGS,
+            explain=origin.explain,
         )
 
     def route(path: str, begin: Callable[[Origin], Exchange]) -> ASGIRouteHandler:
@@ -123,9 +149,9 @@ def inference_routes(
                 raise MethodNotAllowed("This path does not take this method.", allow="POST")
             if not dispatcher.bus.connected:
                 raise Unavailable("The mesh is not reachable now: NATS is away.", retry_after=2)
-            fields, key = _origin(scope, settings)
+            read = _origin(scope, settings)
             body = await read_json_body(scope, receive, settings.max_body)
-            await begin(Origin(body, fields, key))(scope, receive, send)
+            await begin(Origin(body, *read))(scope, receive, send)
 
         return ASGIRouteHandler(path, copy_scope=False)(handle)
 
@@ -136,11 +162,12 @@ def inference_routes(
     ]
 
 
-def _origin(scope: Any, settings: Settings) -> tuple[dict[str, Any], bytes]:
-    """What a request has beside its body: its id, its deadline, its trace; and its API key."""
+def _origin(scope: Any, settings: Settings) -> tuple[dict[str, Any], bytes, bool]:
+    """What an `Origin` has beside its body, of which the fields are id, deadline and trace."""
     timeout = settings.request_timeout
     traceparent = ""
     key = b""
+    explain = False
     for name, value in scope["headers"]:
         if name == b"x-request-timeout":
             timeout = _timeout(value)
@@ -148,11 +175,14 @@ def _origin(scope: Any, settings: Settings) -> tuple[dict[str, Any], bytes]:
             traceparent = value.decode("latin-1")
         elif name == b"authorization":
             key = bearer_key(value)
-    return {
+        elif name == b"x-mesh-explain":
+            explain = wants_explanation(value)
+    fields = {
         "id": scope[REQUEST_ID],
         "deadline": time.time() + timeout,
         "traceparent": traceparent,
-    }, key
+    }
+    return fields, key, explain
 
 
 def _timeout(value: bytes) -> float:

@@ -9,7 +9,7 @@ from clients, so only names that some worker has served become labels; all other
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -19,6 +19,8 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector
+
+from shared.wish import Wish
 
 __all__ = ("UNKNOWN", "Distribution", "Metrics", "ModelMetrics")
 
@@ -93,9 +95,17 @@ class ModelMetrics:
 class Metrics(Collector):
     """All metrics of one router, in a registry of their own."""
 
-    def __init__(self, knows: Callable[[str], bool], connected: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        knows: Callable[[str], bool],
+        connected: Callable[[], bool],
+        held: Callable[[], Mapping[str, int]] = dict,
+        wishes: Callable[[], Wish] = lambda: Wish({}, 0),
+    ) -> None:
         self._knows = knows
         self._connected = connected
+        self._held = held
+        self._wishes = wishes
         self._started = time.time()
         self._models: defaultdict[str, ModelMetrics] = defaultdict(ModelMetrics)
         self._registry = CollectorRegistry()
@@ -123,11 +133,32 @@ class Metrics(Collector):
         for name, model in self._models.items():
             in_flight.add_metric([name], model.in_flight)
         yield in_flight
+        held = GaugeMetricFamily(
+            "mesh_router_held", "Requests that wait for a model to be brought up", labels=["model"]
+        )
+        for name, count in self._held().items():
+            held.add_metric([name], count)
+        yield held
+        yield from self._wanted()
         yield GaugeMetricFamily(
             "mesh_router_nats_connected", "Whether NATS is there", value=float(self._connected())
         )
         yield GaugeMetricFamily(
             "mesh_router_start_time_seconds", "When this router began", value=self._started
+        )
+
+    def _wanted(self) -> Iterable[Metric]:
+        wish = self._wishes()
+        replicas = GaugeMetricFamily(
+            "mesh_wanted_replicas", "Workers that should serve a model", labels=["model"]
+        )
+        for name, count in wish.by_model.items():
+            replicas.add_metric([name], count)
+        yield replicas
+        yield GaugeMetricFamily(
+            "mesh_wanted_workers",
+            "Workers that should be there, by the memory of those that are",
+            value=wish.workers,
         )
 
     def _counters(self) -> Iterable[Metric]:

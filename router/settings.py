@@ -33,10 +33,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Round trip beyond which a worker gets nothing while a nearer one serves the model."""
     far: bool = False
     """Whether workers beyond it are used where no nearer one serves the model."""
-    load_bound: float = 1.25
+    load_bound: float = 1.75
     """How far above the mean load a worker may be and still get its own conversations."""
     held_per_model: int = 256
     """Requests that may wait for one model to be brought up."""
     held_in_all: int = 1024
+    wait_for_workers: float = 0.0
+    """How long a request for a known model waits although no worker is left that could load it;
+    for where workers are started on demand."""
     held_limit: int = MIB
     """Most that is kept for a client that reads slower than its answer is made."""

@@ -14,7 +14,7 @@ from shared.errors import MeshError, Unavailable
 __all__ = ("Held", "WaitingRoom")
 
 HOPELESS = 5.0
-"""Seconds for which no worker can load a model any more, after which those who wait are told."""
+"""Least seconds for which no worker can load a model any more until those who wait are told."""
 FULL_RETRY = 10
 """Seconds after which to come again when too many wait."""
 
@@ -34,10 +34,11 @@ class Held(Protocol):
 class WaitingRoom:
     """Who waits for which model, first come first served."""
 
-    def __init__(self, fleet: Fleet, *, per_model: int, in_all: int) -> None:
+    def __init__(self, fleet: Fleet, *, per_model: int, in_all: int, patience: float = 0.0) -> None:
         self._fleet = fleet
         self._per_model = per_model
         self._in_all = in_all
+        self._patience = patience
         self._queues: dict[str, OrderedDict[Held, None]] = {}
         self._count = 0
         self._hopeless: dict[str, float] = {}
@@ -97,7 +98,7 @@ class WaitingRoom:
         for model, queue in list(self._queues.items()):
             if self._fleet.pool(model) is not None or self._fleet.hopeful(model):
                 self._hopeless.pop(model, None)
-            elif now - self._hopeless.setdefault(model, now) > HOPELESS:
+            elif now - self._hopeless.setdefault(model, now) > max(HOPELESS, self._patience):
                 for held in list(queue):
                     self.leave(model, held)
                     held.refuse(why(model))

@@ -8,9 +8,10 @@ Pure: loads come from beats and from what this router itself has placed, distanc
 2. A request that is known to be longer than the context of some goes to the others.
 3. A conversation goes where the ring puts it (`shared.ring`), because its prompt is cached there,
    unless that worker is at its limit: then to the next on the ring that is not. The limit is
-   `Routing.load_bound` times the mean load (by slots); never below half of a worker's slots, for a
-   worker that is half empty is not loaded however idle others are; and never above its slots
-   while another has a free one, for waiting costs more than computing a prompt anew.
+   `Routing.load_bound` times the mean load (by slots); never below three quarters of a worker's
+   slots, for a worker with so much room is not loaded however idle others are; and never above
+   its slots while another has a free one, for waiting costs more than computing a prompt anew.
+   Where all are full it is `QUEUE_BOUND` times the mean.
 4. Without a conversation, the one with the least load for its slots; among equals the nearest, by
    steps of `SAME_DISTANCE`; among those, by the number drawn for the request.
 """
@@ -28,6 +29,9 @@ __all__ = ("Choice", "Pool", "Reason", "Routing")
 SAME_DISTANCE = 0.010
 """Seconds of round trip within which two workers are equally near."""
 _ENDLESS = 1 << 62
+QUEUE_BOUND = 1.25
+"""How far above the mean a worker may be where nobody has a free slot. A quarter of a full worker's
+load is a quarter of an answer's time to wait: about what computing a long prompt anew costs."""
 SCANNED = 32
 """Most workers that are compared for the least loaded; of more, so many are drawn."""
 
@@ -39,7 +43,7 @@ its limit, or refused. `least_loaded`: no conversation. `nearest`: all are beyon
 class Routing(msgspec.Struct, frozen=True, kw_only=True):
     """How a router chooses."""
 
-    load_bound: float = 1.25
+    load_bound: float = 1.75
     """How far above the mean load a worker may be and still get its own conversations."""
     far: bool = False
     """Whether workers beyond the cap are used where no nearer one serves the model."""
@@ -213,11 +217,13 @@ class Pool:
 
     def _takes(self, worker: str) -> bool:
         member = self._eligible[worker]
-        slots = member.slots
-        limit = load_limit(self._routing.load_bound, self._load, slots, self._slots)
-        if self._free and limit > slots:
-            limit = slots
-        return member.load < limit or 2 * member.load < slots
+        load, slots = member.load, member.slots
+        bound = self._routing.load_bound
+        if not self._free:
+            return load < load_limit(min(bound, QUEUE_BOUND), self._load, slots, self._slots)
+        if load >= slots:
+            return False
+        return 4 * load < 3 * slots or load < load_limit(bound, self._load, slots, self._slots)
 
     def _least_loaded(
         self, fitting: Collection[str], refused: Collection[str], draw: int

@@ -214,6 +214,7 @@ class ChatRequest(msgspec.Struct, frozen=True):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     user: str | None = None
+    prompt_cache_key: str | None = None
     audio: Any = None
     modalities: list[str] | None = None
     functions: Any = None

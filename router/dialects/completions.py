@@ -56,6 +56,7 @@ class CompletionRequest(msgspec.Struct, frozen=True):
     response_format: ResponseFormat | None = None
     guided_regex: str | None = None
     user: str | None = None
+    prompt_cache_key: str | None = None
 
 
 _decoder = msgspec.json.Decoder(CompletionRequest)

@@ -8,7 +8,7 @@ import msgspec
 
 from shared import subjects
 from shared.bus import Bus, BusMessage, BusUnavailable, Subscription
-from shared.presence import Beat, ModelState, encode_beat
+from shared.presence import Beat, LoadableModel, ModelState, encode_beat
 from shared.protocol import (
     Accepted,
     Busy,
@@ -123,6 +123,7 @@ class ScriptedWorker:
         self.jobs: list[Job] = []
         self.cancels: list[int] = []
         self.beating = True
+        self.able: tuple[LoadableModel, ...] = ()
         self.state = ModelState(
             **({"name": model, "state": "ready", "slots": 4, "free": 4, "context": 512} | state)
         )
@@ -139,6 +140,7 @@ class ScriptedWorker:
             (subjects.infer_direct(self.model, self.name), self._on_direct),
             (subjects.cancel(self.name), self._on_cancel),
             (subjects.body(self.name), self._on_chunk),
+            (subjects.ping(self.name), self._on_ping),
         ):
             self._subscriptions.append(await self.bus.subscribe(subject, callback))
         await self.beat()
@@ -181,7 +183,9 @@ class ScriptedWorker:
             model = msgspec.structs.replace(model, state=model_state)
         await self.bus.publish(
             subjects.beat(self.name),
-            encode_beat(Beat(self.name, state, self._sequence, (model,), started=1.0)),
+            encode_beat(
+                Beat(self.name, state, self._sequence, (model,), started=1.0, able=self.able)
+            ),
         )
 
     async def job(self, number: int = 0) -> Job:
@@ -248,6 +252,9 @@ class ScriptedWorker:
         task = asyncio.create_task(guarded())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _on_ping(self, message: BusMessage) -> None:
+        self._run(self.bus.publish(message.reply, message.data))
 
     def _on_cancel(self, message: BusMessage) -> None:
         attempts = decode_cancel(message.data).attempts

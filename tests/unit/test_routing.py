@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from shared.distance import Distances
 from shared.ring import Ring, hash_key
-from shared.routing import Pool, Routing
+from shared.routing import QUEUE_BOUND, Pool, Routing
 
 NEAR, FAR = 0.001, 0.2
 KEYS = [hash_key(b"%d" % number) for number in range(1000)]
@@ -79,7 +79,9 @@ def test_somebody_is_always_found_and_is_below_its_limit(fleet, key):
 
     if len(fleet) > 1:
         assert choice.reason in ("affinity", "spill")
-        assert load < math.ceil(1.25 * share) or 2 * load < slots
+        free = any(load < slots for slots, load in fleet.values())
+        bound = 1.75 if free else QUEUE_BOUND
+        assert load < math.ceil(bound * share) or (free and 4 * load < 3 * slots)
 
 
 @given(fleets, keys)
@@ -129,14 +131,23 @@ def test_a_conversation_stays_until_its_worker_is_at_its_limit_and_comes_back():
     key = key_of("abcd", "c")
     second = list(Ring("abcd").walk(key))[1]
     reasons = []
-    for _ in range(5):
+    for _ in range(7):
         choice = made.choose(key)
         reasons.append((choice.worker, choice.reason))
         made.placed(choice.worker)
-    # half of its slots are always its own to fill
-    assert reasons == [("c", "affinity")] * 4 + [(second, "spill")]
+    # three quarters of its slots are always its own to fill
+    assert reasons == [("c", "affinity")] * 6 + [(second, "spill")]
     made.ended("c")
     assert made.choose(key).worker == "c"
+
+
+def test_where_all_are_full_a_conversation_waits_for_its_own_worker_only_if_it_is_not_much_longer():
+    made = pool(dict.fromkeys("abcd", 10))
+    key = key_of("abcd", "a")
+    made.update("a", slots=8, load=12)
+    assert made.choose(key).worker == "a"
+    made.update("a", slots=8, load=15)
+    assert made.choose(key).reason == "spill"
 
 
 def test_a_refusal_counts_as_full_until_the_next_beat():
