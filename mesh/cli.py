@@ -7,6 +7,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,6 +126,26 @@ def status(*, nats: _Text = "", data_dir: _DataDir = None, as_json: _Json = Fals
         _print_json(snapshot)
     else:
         Console(highlight=False).print(status_view(snapshot))
+
+
+@app.command
+def top(*, nats: _Text = "", data_dir: _DataDir = None) -> None:
+    """Show the state of the system, the demand and the last role changes, live, until Ctrl-C.
+
+    Parameters
+    ----------
+    nats
+        The system's NATS server. Without it, that of the running `mesh up`.
+    data_dir
+        The data folder of that `mesh up`.
+    """
+    from mesh.top import watch
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        raise CommandError("mesh top needs a terminal; mesh status prints the state once")
+    with suppress(KeyboardInterrupt):
+        asyncio.run(watch(nats or find(_folder(data_dir)).nats, console))
 
 
 models = App(name="models", help="Show the models, set their replicas, or write another format.")

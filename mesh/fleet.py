@@ -4,6 +4,9 @@ Used by `mesh up` to know when it is ready and by the commands that show the sta
 only calls `hear` and `hear_router`.
 """
 
+import time
+from collections.abc import Callable
+
 import msgspec
 
 from shared.presence import Beat, ModelState, RouterBeat, decode_beat, decode_router_beat
@@ -53,9 +56,11 @@ _RANK = {"ready": 0, "loading": 1, "draining": 2, "failed": 3}
 class Fleet:
     """The newest beat of every worker and router."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.workers: dict[str, Beat] = {}
         self.routers: dict[str, RouterBeat] = {}
+        self._clock = clock
+        self._heard: dict[str, float] = {}
         self.unread = 0
         """Beats that this version cannot decode."""
 
@@ -73,6 +78,7 @@ class Fleet:
             self.workers.pop(beat.worker, None)
         else:
             self.workers[beat.worker] = beat
+            self._heard[beat.worker] = self._clock()
 
     def hear_router(self, data: bytes) -> None:
         """Take a router's beat, as `hear` does a worker's."""
@@ -88,6 +94,16 @@ class Fleet:
             self.routers.pop(beat.router, None)
         else:
             self.routers[beat.router] = beat
+            self._heard[beat.router] = self._clock()
+
+    def forget_silent(self, seconds: float) -> None:
+        """Drop those that have said nothing for so long."""
+        since = self._clock() - seconds
+        silent = {name for name, heard in self._heard.items() if heard < since}
+        for name in silent:
+            self.workers.pop(name, None)
+            self.routers.pop(name, None)
+            del self._heard[name]
 
     def model_state(self, worker: str, model: str) -> ModelState | None:
         """What a worker says of a model."""

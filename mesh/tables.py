@@ -1,15 +1,18 @@
 """How the state of the system looks in a terminal."""
 
+import math
 import time
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from mesh.fleet import ModelView, Snapshot
+from shared.demand import HALF_LIFE, Demand
 from shared.presence import Beat, RouterBeat
 
-__all__ = ("models_table", "size_text", "status_view")
+__all__ = ("demand_table", "models_table", "size_text", "status_view")
 
 _COLOURS = {"ready": "green", "loading": "yellow", "draining": "yellow", "failed": "red"}
 _SHOWN_CHANGES = 10
@@ -51,6 +54,26 @@ def models_table(models: tuple[ModelView, ...]) -> Table:
             f"{sum(worker.free for worker in ready)}/{sum(worker.slots for worker in ready)}",
             str(sum(worker.queued for worker in ready)),
             Text(", ".join(worker.worker for worker in model.workers)),
+        )
+    return table
+
+
+def demand_table(
+    demand: Mapping[str, Demand], holders: Mapping[str, Sequence[str]], now: float
+) -> Table:
+    """What is asked for, and who holds it; the most wanted first."""
+    table = _table("demand", "waiting", "running", "load", "tok/s", "last use", "held by")
+    ordered = sorted(demand, key=lambda m: (-demand[m].waiting, -demand[m].load, m))
+    for model in ordered:
+        one = demand[model]
+        table.add_row(
+            Text(model),
+            Text(str(one.waiting), style="yellow" if one.waiting else "default"),
+            str(one.running),
+            f"{one.load:.1f}",
+            f"{one.tokens * math.log(2) / HALF_LIFE:.0f}",
+            _age(one.last_use, now),
+            Text(", ".join(holders.get(model, ())) or "-"),
         )
     return table
 

@@ -19,9 +19,10 @@ from shared.leases import RENEW_SECONDS, LeaseTable
 from shared.ledger import FORGET
 from shared.presence import Beat, LoadableModel, decode_beat
 from shared.settings import SettingsView
-from shared.snapshot import Holding, LeaseView, Snapshot, WorkerView
+from shared.sighting import costs_of, slots_of, view_of
+from shared.snapshot import LeaseView, Snapshot
 
-__all__ = ("LEAST_PAUSE", "Outlook", "view_of")
+__all__ = ("LEAST_PAUSE", "Outlook")
 
 LEAST_PAUSE = 2.0
 """Seconds between two beats that other workers hear, unless something has changed."""
@@ -131,7 +132,7 @@ class Outlook:
             if wall - entry.at <= FORGET
         }
         beats = [own, *(beat for beat, _ in self._beats.values())]
-        self._costs = {beat.able: self._costs.get(beat.able) or _costs(beat) for beat in beats}
+        self._costs = {beat.able: self._costs.get(beat.able) or costs_of(beat) for beat in beats}
         return Snapshot(
             workers=tuple(view_of(beat, self._costs[beat.able]) for beat in beats),
             leases=tuple(
@@ -146,42 +147,5 @@ class Outlook:
             ),
             settings=self.settings.settings,
             demand=total((entry for entry, _ in self._entries.values()), wall),
-            slots=_slots(beats),
+            slots=slots_of(beats),
         )
-
-
-def view_of(beat: Beat, costs: Mapping[str, int]) -> WorkerView:
-    """A worker as the placement function sees it; `costs` are those of what it could load."""
-    return WorkerView(
-        name=beat.worker,
-        memory=beat.memory_budget,
-        able=costs,
-        holds=tuple(
-            Holding(
-                model=model.name,
-                state=model.state,
-                since=model.since,
-                busy=model.busy,
-                memory=model.memory,
-                pinned=model.pinned,
-            )
-            for model in beat.models
-            if model.state != "failed" and not model.alias_of
-        ),
-        open=beat.state not in ("draining", "gone"),
-    )
-
-
-def _costs(beat: Beat) -> Mapping[str, int]:
-    return {model.name: model.memory for model in beat.able}
-
-
-def _slots(beats: list[Beat]) -> dict[str, int]:
-    """Slots of a replica by model: what is really set up goes before what is promised."""
-    promised = {model.name: model.slots for beat in beats for model in beat.able}
-    return promised | {
-        model.name: model.slots
-        for beat in beats
-        for model in beat.models
-        if model.state == "ready" and not model.alias_of and model.slots
-    }

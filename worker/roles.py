@@ -135,7 +135,13 @@ class Roles:
             ready = model.state == "ready"
             if self._leases.mark(model.name, "ready" if ready else "loading"):
                 self._renew.set()
-        return decide(self._outlook.snapshot(own), self._wall(), self._timing).of(self._worker)
+        try:
+            decision = decide(self._outlook.snapshot(own), self._wall(), self._timing)
+        except Exception:
+            # What others have told must not end a worker that serves.
+            _log.exception("roles.undecided")
+            return ()
+        return decision.of(self._worker)
 
     async def _act(self, action: Action, group: asyncio.TaskGroup) -> None:
         if action.kind == "demote":

@@ -106,6 +106,13 @@ class Standbys(MeshParts):
             *("--prefix-memory", "0", *self._arguments),
         )
 
+    def kill(self, name: str) -> None:
+        """As when the host loses power; its engines die with it."""
+        key = "mesh-worker" if name == WORKERS[0] else f"mesh-worker {name}"
+        process = self._processes.pop(key)
+        process.kill()
+        process.wait()
+
 
 @pytest.fixture
 def parts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Standbys]:
@@ -199,6 +206,22 @@ def test_demand_shifts_from_one_model_to_another(parts: Standbys) -> None:
 @pytest.mark.parametrize("parts", [60.0], indirect=True)
 def test_an_idle_model_is_let_go_after_a_minute(parts: Standbys) -> None:
     shift(parts, 60.0)
+
+
+@pytest.mark.parametrize("parts", [3600.0], indirect=True)
+def test_the_role_of_a_killed_worker_is_taken_up_by_another(parts: Standbys) -> None:
+    with Watcher(parts._nats.url_for("mesh-1")) as watcher:
+        watcher.until(lambda: standby(watcher), parts.story)
+        time.sleep(7.0)
+        assert ask(parts, A)
+        ((_, holder, _, _),) = watcher.changes("promote")
+        parts.kill(holder)
+        killed = time.time()
+        # It is held until the lease has run out and the other has loaded the model.
+        assert ask(parts, A)
+        (_, (model, worker, at, _)) = watcher.changes("promote")
+        assert (model, {holder, worker}) == (A, set(WORKERS))
+        assert at <= killed + 15.0
 
 
 STEADY_SECONDS = 600.0

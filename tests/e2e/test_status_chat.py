@@ -129,16 +129,17 @@ def test_chat_with_an_unknown_model_is_one_line(mesh_system: MeshUp) -> None:
 
 
 class Terminal:
-    """A pseudo terminal with `mesh chat` in it."""
+    """A pseudo terminal with a command of `mesh` in it."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, term: str = "dumb") -> None:
         self.text = ""
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
             # A shell's background job ignores SIGINT, and so would what it starts.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            command = mesh_command("chat", *arguments)
-            os.execve(command[0], command, clean_environment() | {"TERM": "dumb"})
+            command = mesh_command(*arguments)
+            size = {"COLUMNS": "200", "LINES": "60"}
+            os.execve(command[0], command, clean_environment() | size | {"TERM": term})
 
     def until(self, holds: Callable[[str], object]) -> None:
         """Read until the text so far is as wanted."""
@@ -174,7 +175,7 @@ class Terminal:
 
 
 def test_ctrl_c_stops_the_answer_and_then_the_chat(mesh_system: MeshUp) -> None:
-    terminal = Terminal("--url", mesh_system.base_url)
+    terminal = Terminal("chat", "--url", mesh_system.base_url)
     question = "Write a very long story about the sea, of many chapters."
     try:
         terminal.until(lambda text: text.endswith("> "))
@@ -188,3 +189,29 @@ def test_ctrl_c_stops_the_answer_and_then_the_chat(mesh_system: MeshUp) -> None:
         assert terminal.end() == 0
     finally:
         terminal.clear_away()
+
+
+def test_top_shows_it_all_until_ctrl_c(mesh_system: MeshUp) -> None:
+    terminal = Terminal("top", "--data-dir", str(mesh_system.data_dir), term="xterm")
+    try:
+        # The demand is that of the questions above; pinned models have a lease like others.
+        wanted = ("router-1", "worker-1", mesh_system.model, "demand", "held by")
+        terminal.until(lambda text: all(word in text for word in wanted))
+        terminal.type("\x03")
+        assert terminal.end() == 0
+        assert "Traceback" not in terminal.text
+    finally:
+        terminal.clear_away()
+
+
+def test_top_without_a_terminal_is_one_line(mesh_system: MeshUp) -> None:
+    done = subprocess.run(
+        mesh_command("top", "--data-dir", str(mesh_system.data_dir)),
+        capture_output=True,
+        text=True,
+        env=clean_environment(),
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == ("mesh: mesh top needs a terminal; mesh status prints the state once\n")

@@ -13,8 +13,9 @@ from shared.leases import LeaseTable
 from shared.ledger import FORGET
 from shared.presence import Beat, LoadableModel, ModelState, encode_beat
 from shared.settings import SettingsView, encode_settings
+from shared.sighting import view_of
 from shared.snapshot import ModelSettings
-from worker.outlook import LEAST_PAUSE, MISSED, MOST_HEARD, Outlook, view_of
+from worker.outlook import LEAST_PAUSE, MISSED, MOST_HEARD, Outlook
 
 NOW = 1_000_000.0
 ABLE = (
