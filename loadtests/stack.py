@@ -142,10 +142,11 @@ def _lists(names: set[str], model: str) -> bool:
     return model in names if model else bool(names)
 
 
-def _where(models: Path) -> list[str]:
+def _where(models: Path, options: Sequence[str]) -> list[str]:
     if models.is_file():
         return ["--models", str(models.parent), "--model", str(models)]
-    return ["--models", str(models), "--pin-all"]
+    named = any(option.startswith("--model=") for option in options)
+    return ["--models", str(models), *([] if named else ["--pin-all"])]
 
 
 class Stack:
@@ -224,7 +225,7 @@ class Stack:
         It serves some time later: see `wait_model`. With `observer`, the path of a Unix datagram
         socket, it tells there what `observed_worker` describes.
         """
-        command = [*_where(models), "--name", name, *arguments]
+        command = [*_where(models, arguments), "--name", name, *arguments]
         if observer is None:
             command = self._program("worker.cli", *command)
         else:
