@@ -19,7 +19,7 @@ answers of 30 s moved a model up to 1.8 times an hour; so it is 0.1 times, at wo
 may have it evicted.
 
 **Bursts.** A replica that loads counts. While the first one loads, nothing is added, however many
-wait for it; later at most as many as have been ready for `SETTLE` (so that they double), for until
+wait for it; later they grow at most fourfold, counted from those ready for `SETTLE`, for until
 then the load does not show what a new one does. A load that takes long holds up nobody but itself.
 """
 
@@ -61,7 +61,7 @@ SETTLE = 10.0
 DRAIN = 5.0
 """Seconds in which what drains is expected to be gone; room is made elsewhere after that."""
 
-GROWTH = 2
+GROWTH = 4
 """Factor by which replicas grow at once at most, counted from those that have settled."""
 
 

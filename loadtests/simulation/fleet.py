@@ -39,7 +39,7 @@ class FleetPlan(msgspec.Struct, frozen=True):
     model_memory: tuple[int, ...] = (1 << 30, 2 << 30, 4 << 30, 8 << 30)
     """Sizes of models, in turn."""
     slots: int = 8
-    groups: int = 4
+    groups: int = 2
     """Moments within a second at which hosts decide."""
     cells: int = 1
     """Parts of the fleet of which hosts see only their own."""

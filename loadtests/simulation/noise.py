@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from loadtests.simulation.clock import START
 from shared.demand import LOAD_HALF_LIFE, SUSTAINED_HALF_LIFE, Demand
-from shared.replicas import SETTLE, Replica, enough, want
+from shared.replicas import GROWTH, SETTLE, Replica, enough, want
 from shared.snapshot import ModelSettings
 
 __all__ = ("LOADS", "NoisyModel", "Rule", "as_it_is", "downs_per_hour", "simpler")
@@ -36,7 +36,7 @@ def simpler(demand: Demand, replicas: Sequence[Replica], now: float) -> int:
     up = math.ceil((demand.load + math.sqrt(demand.load)) / SLOTS)
     if up > present:
         settled = now - max(replica.since for replica in replicas) >= SETTLE
-        return min(up, 2 * present) if settled else present
+        return min(up, GROWTH * present) if settled else present
     most = max(demand.load, demand.sustained)
     return max(1, min(present, math.ceil((most + 4 * math.sqrt(most)) / SLOTS)))
 

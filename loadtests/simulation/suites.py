@@ -15,21 +15,21 @@ __all__ = ("LARGEST", "SIZES", "SUITES", "Suite", "growth", "tiny")
 
 Suite = list[tuple[str, Scenario]]
 
-SIZES = ((10, 20, 8.0, 3600.0), (100, 50, 60.0, 2700.0), (1000, 200, 500.0, 1500.0))
+SIZES = ((10, 30, 6.0, 1800.0), (100, 200, 60.0, 1800.0), (1000, 400, 500.0, 1200.0))
 """Workers, models, requests a second, seconds."""
-LARGEST = (10_000, 500, 2500.0, 900.0)
+LARGEST = (10_000, 500, 2000.0, 900.0)
 
 
 def _scenario(workers: int, models: int, rate: float, seconds: float) -> Scenario:
     return Scenario(
         FleetPlan(hosts=workers, routers=min(5, 1 + workers // 50)),
-        Workload(models, requests_per_second=rate),
+        Workload(models, requests_per_second=rate, zipf=1.1),
         seconds,
     )
 
 
-def _usual(seconds: float = 2700.0) -> Scenario:
-    return _scenario(100, 50, 60.0, seconds)
+def _usual(seconds: float = 1800.0) -> Scenario:
+    return _scenario(100, 200, 60.0, seconds)
 
 
 def growth(largest: bool) -> Suite:
@@ -55,7 +55,7 @@ def trouble() -> Suite:
     """Hosts that die, partitions, slow loads, and a fleet that is too small."""
     usual = _usual()
     plan = usual.plan
-    cut = ((600.0, 60.0, 0.3), (1500.0, 60.0, 0.3), (2400.0, 60.0, 0.3))
+    cut = ((450.0, 60.0, 0.3), (900.0, 60.0, 0.3), (1350.0, 60.0, 0.3))
     slow = msgspec.structs.replace(plan.speed, slow_share=0.5)
     return [
         ("none", usual),
@@ -63,7 +63,7 @@ def trouble() -> Suite:
         ("each host dies once an hour", _plan(usual, deaths_per_hour=1.0)),
         ("30 % of hosts cut off for 60 s, 3 times", _plan(usual, partitions=cut)),
         ("half of all loads take 6 times as long", _plan(usual, speed=slow)),
-        ("40 workers instead of 100", _plan(usual, hosts=40)),
+        ("50 workers instead of 100", _plan(usual, hosts=50)),
         ("25 workers instead of 100", _plan(usual, hosts=25)),
     ]
 
@@ -81,7 +81,8 @@ def defaults() -> Suite:
         ("idle after 300 s", timing(idle_after=300.0)),
         ("settle 2 s", timing(settle=2.0)),
         ("settle 30 s", timing(settle=30.0)),
-        ("growing fourfold", timing(growth=4)),
+        ("growing twofold", timing(growth=2)),
+        ("growing eightfold", timing(growth=8)),
         ("4 cells of 25 workers", _plan(usual, cells=4)),
         ("25 workers", _plan(usual, hosts=25)),
         ("25 workers, evict after 2 s, stay 5 s", _plan(
