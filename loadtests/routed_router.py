@@ -33,11 +33,15 @@ class _Blind(Pool):
         tokens: int = 0,
         refused: Collection[str] = (),
         draw: int = 0,
+        begun: bool = False,
     ) -> Choice | None:
         left = [worker for worker in self.eligible if worker not in refused]
         if not left:
             return None
         return Choice(self.pick(left, draw), "least_loaded", len(left))
+
+    def has_room(self, worker: str) -> bool:
+        return False  # Else a worker that has a queue would be left again.
 
     def pick(self, workers: Sequence[str], draw: int) -> str:
         raise NotImplementedError
@@ -68,6 +72,7 @@ class GroupPool(Pool):
         tokens: int = 0,
         refused: Collection[str] = (),
         draw: int = 0,
+        begun: bool = False,
     ) -> Choice | None:
         return super().choose(None, tokens=tokens, refused=refused, draw=draw)
 

@@ -255,6 +255,9 @@ class Call:
 
     def _control(self, frame: Frame) -> None:
         if isinstance(frame, Accepted):
+            if self._search.passes_on(frame):
+                self._ask_another()
+                return
             self._accepted(frame)
             if self._body:
                 self._desk.spawn(self._send_body())
@@ -304,6 +307,7 @@ class Call:
             return
         elif not self._heard:
             if self._asked_at and now - self._asked_at > settings.accept_timeout:
+                self._search.refuse(self._target)
                 self._ask_another()
         else:
             self._watch(now)
@@ -327,8 +331,6 @@ class Call:
 
     def _ask_another(self) -> None:
         """Leave a try behind that led to nothing, and ask somebody else."""
-        if self._target:
-            self._search.refuse(self._target)
         self._abandon()
         self._renew()
         self._asked_at = 0.0
@@ -355,6 +357,7 @@ class Call:
             else:
                 self._fail(Unavailable("The mesh is not reachable now: NATS is away."))
         elif self._target == worker and not self._heard:
+            self._search.refuse(worker)
             self._ask_another()
 
     def broken(self) -> None:

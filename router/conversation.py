@@ -9,7 +9,7 @@ worker by guessing a name.
 from shared.protocol import ChatInput, Embed, Generate, Request, TokenInput
 from shared.ring import hash_key
 
-__all__ = ("BYTES_PER_TOKEN", "conversation_key", "rough_tokens")
+__all__ = ("BYTES_PER_TOKEN", "conversation_key", "has_begun", "rough_tokens")
 
 PART = 512
 """Characters of a message's start, and as many of its end, that tell it from others."""
@@ -23,6 +23,13 @@ def conversation_key(request: Request, cache_key: str = "") -> int | None:
     if isinstance(request, Embed):
         return None
     return hash_key(f"{request.owner}\0{cache_key or _beginning(request)}".encode())
+
+
+def has_begun(request: Request) -> bool:
+    """Whether nothing was answered in this conversation yet, as far as can be told."""
+    if isinstance(request, Embed) or not isinstance(request.input, ChatInput):
+        return True
+    return all(message.role != "assistant" for message in request.input.messages)
 
 
 def rough_tokens(request: Request) -> int:

@@ -11,12 +11,14 @@ from collections.abc import Callable
 import msgspec
 import structlog
 
+from router.demand import Demand
 from shared import subjects
 from shared.bus import BusUnavailable
-from shared.demand import Demand, DemandEntry, decode_entry, encode_entry, total
+from shared.demand import Demand as FleetDemand
+from shared.demand import DemandEntry, decode_entry, encode_entry, total
 from shared.errors import PayloadTooLarge
 from shared.kv import DEMAND, MODELS, ROLES, WORKERS, Entry, Kv
-from shared.ledger import FORGET, DemandLedger
+from shared.ledger import FORGET
 
 __all__ = ("DemandBoard",)
 
@@ -30,17 +32,11 @@ log = structlog.get_logger(__name__)
 class DemandBoard:
     """What all routers know of the demand; `run` keeps it."""
 
-    def __init__(
-        self,
-        kv: Kv,
-        ledger: DemandLedger,
-        *,
-        urgent: asyncio.Event,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, kv: Kv, demand: Demand, *, clock: Callable[[], float] = time.time) -> None:
         self._kv = kv
-        self._ledger = ledger
-        self._urgent = urgent
+        self._own = demand
+        self._ledger = demand.ledger
+        self._urgent = demand.urgent
         self._clock = clock
         self._entries: dict[str, DemandEntry] = {}
         self._revisions: dict[str, int] = {}
@@ -52,7 +48,7 @@ class DemandBoard:
         self._stale = True
         self._urgent.set()
 
-    def demand(self) -> dict[str, Demand]:
+    def demand(self) -> dict[str, FleetDemand]:
         """All routers' demand as of now, by model."""
         now = self._clock()
         for key, entry in list(self._entries.items()):
@@ -66,6 +62,7 @@ class DemandBoard:
         follower = await self._kv.follow(DEMAND, self._take)
         try:
             while True:
+                self._own.enter()
                 if self._stale and not await self._refresh():
                     await asyncio.sleep(RETRY)
                     continue

@@ -73,7 +73,7 @@ class Dispatcher:
             in_all=settings.held_in_all,
             patience=settings.wait_for_workers,
         )
-        self.board = DemandBoard(Kv(bus), self.demand.ledger, urgent=self.demand.urgent)
+        self.board = DemandBoard(Kv(bus), self.demand)
         self.announcer = SettingsAnnouncer(bus)
         self.wishes = Wishes(self.fleet.beats, self.board.demand, lambda: self.announcer.settings)
         self.pings = Pings(bus, self.distances, self.fleet.workers)

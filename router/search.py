@@ -8,15 +8,16 @@ become free since; last where everybody known has refused.
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-from router.conversation import conversation_key, rough_tokens
+from router.conversation import conversation_key, has_begun, rough_tokens
 from router.fleet import Fleet
 from shared import subjects
-from shared.protocol import Busy, Generate, Request
+from shared.protocol import Accepted, Busy, Generate, Request
 from shared.routing import Pool, Reason
 
 __all__ = ("STALE_INTEREST", "Door", "Search", "Why")
 
 GROUP_TRIES = 3
+MOST_PASSES = 2
 STALE_INTEREST = 0.0015
 """Seconds for which a new subscription may be unknown to another NATS node."""
 
@@ -38,11 +39,14 @@ class Search:
     """The way of one request through the workers of its model."""
 
     __slots__ = (
+        "_begun",
         "_cache_key",
         "_fleet",
         "_group_tries",
+        "_hoped",
         "_key",
         "_model",
+        "_passes",
         "_pool",
         "_refused",
         "_request",
@@ -62,6 +66,9 @@ class Search:
         self._cache_key = cache_key
         self._key: int | None = None
         self._tokens = 0
+        self._begun = False
+        self._hoped = False
+        self._passes = 0
         self._slots = request.n if isinstance(request, Generate) else 1
         self._refused: set[str] = set()
         self._group_tries = 0
@@ -86,9 +93,13 @@ class Search:
             request, self._request = self._request, None
             self._key = conversation_key(request, self._cache_key)
             self._tokens = rough_tokens(request) if pool.contexts_differ else 0
-        choice = pool.choose(self._key, tokens=self._tokens, refused=self._refused, draw=draw)
+            self._begun = has_begun(request)
+        choice = pool.choose(
+            self._key, tokens=self._tokens, refused=self._refused, draw=draw, begun=self._begun
+        )
         if choice is not None:
             self.reason = choice.reason
+            self._hoped = candidates > 1 and pool.has_room(choice.worker)
             self.take(choice.worker)
             return Door(_door(self._model, choice.worker), choice.worker)
         if open_to_all and not self.busy and self._group_tries < GROUP_TRIES:
@@ -97,8 +108,23 @@ class Search:
 
     def _ask_group(self) -> Door:
         self._group_tries += 1
+        self._hoped = False
         self.reason = "queue_group"
         return Door(_group(self._model), "")
+
+    def passes_on(self, accepted: Accepted) -> bool:
+        """Whether to leave a worker that was thought to have a free slot, and has a queue.
+
+        Others may have a free one. Their beats come twice a second, and what other routers place
+        is known only then; so this happens, and only so often that it ends.
+        """
+        if not accepted.position or not self._hoped or self._passes >= MOST_PASSES:
+            return False
+        self._passes += 1
+        self.release()
+        if (pool := self._fleet.pool(self._model)) is not None:
+            pool.full(accepted.worker)
+        return True
 
     def take(self, worker: str) -> None:
         """Count the request as this worker's, until `release`."""

@@ -10,42 +10,25 @@ from collections.abc import Callable, Iterable, Mapping
 from statistics import median_low
 
 from shared.demand import Demand
-from shared.presence import Beat, ModelState
-from shared.snapshot import Holding, ModelSettings, Snapshot, WorkerView
+from shared.presence import Beat
+from shared.sighting import costs_of, slots_of, view_of
+from shared.snapshot import ModelSettings, Snapshot
 from shared.wish import Wish, wish
 
-__all__ = ("Wishes", "snapshot_of", "worker_view")
+__all__ = ("Wishes", "snapshot_of")
 
 FRESH = 1.0
 """Seconds for which an answer is given again."""
 REMEMBERED = 1024
 
 
-def worker_view(beat: Beat) -> WorkerView:
-    """What a beat says of its worker, by the models' own names."""
-    holds = (_holding(state) for state in beat.models if not state.alias_of)
-    return WorkerView(
-        beat.worker,
-        beat.memory_budget,
-        {model.name: model.memory for model in beat.able},
-        tuple(holding for holding in holds if holding is not None),
-        beat.state not in ("draining", "gone"),
-    )
-
-
 def snapshot_of(
     beats: Iterable[Beat], demand: Mapping[str, Demand], settings: Mapping[str, ModelSettings]
 ) -> Snapshot:
     """The fleet at one moment; leases do not count where only replicas are counted."""
-    workers: list[WorkerView] = []
-    slots: dict[str, int] = {}
-    for beat in sorted(beats, key=lambda beat: beat.worker):
-        workers.append(worker_view(beat))
-        for model in beat.able:
-            slots.setdefault(model.name, model.slots)
-        # What is really set up goes before what is promised.
-        slots |= {m.name: m.slots for m in beat.models if m.state == "ready" and m.slots}
-    return Snapshot(tuple(workers), (), settings, demand, slots)
+    known = sorted(beats, key=lambda beat: beat.worker)
+    views = tuple(view_of(beat, costs_of(beat)) for beat in known)
+    return Snapshot(views, (), settings, demand, slots_of(known))
 
 
 class Wishes:
@@ -86,9 +69,3 @@ class Wishes:
         while len(self._costs) > REMEMBERED:
             self._costs.popitem(last=False)
         return wish(snapshot, now, usual_memory=self._memory, costs=self._costs)
-
-
-def _holding(state: ModelState) -> Holding | None:
-    if state.state == "failed":
-        return None
-    return Holding(state.name, state.state, state.since, state.busy, state.memory, state.pinned)

@@ -98,11 +98,11 @@ class DemandLedger:
     def __len__(self) -> int:
         return len(self._accounts)
 
-    def requested(self, model: str, now: float, *, known: bool = True) -> None:
-        """A request has come; `known` says whether any worker serves the model or could load it."""
+    def requested(self, model: str, now: float, *, known: bool = True, count: int = 1) -> None:
+        """So many requests have come; `known`: whether a worker serves the model or could."""
         account = self._open(model, now, known)
         if account is not None:
-            account.requests += 1
+            account.requests += count
             account.last_use = account.at
 
     def generated(self, model: str, tokens: int, now: float) -> None:
@@ -130,18 +130,18 @@ class DemandLedger:
                 account.waiting_since = 0.0
                 self._urgent = True
 
-    def began(self, model: str, now: float, *, known: bool = True) -> None:
-        """A worker has taken a request."""
+    def began(self, model: str, now: float, *, known: bool = True, count: int = 1) -> None:
+        """Workers have taken so many requests."""
         account = self._open(model, now, known)
         if account is not None:
-            account.running += 1
+            account.running += count
             account.last_use = account.at
 
-    def ended(self, model: str, now: float) -> None:
-        """A request that a worker had taken is over."""
+    def ended(self, model: str, now: float, *, count: int = 1) -> None:
+        """So many requests that workers had taken are over."""
         account = self._at(model, now)
-        if account is not None and account.running:
-            account.running -= 1
+        if account is not None:
+            account.running = max(0, account.running - count)
 
     def entry(self, model: str, now: float) -> DemandEntry | None:
         """What would be told of a model now; None: nothing is known of it."""

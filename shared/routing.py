@@ -11,7 +11,8 @@ Pure: loads come from beats and from what this router itself has placed, distanc
    `Routing.load_bound` times the mean load (by slots); never below three quarters of a worker's
    slots, for a worker with so much room is not loaded however idle others are; and never above
    its slots while another has a free one, for waiting costs more than computing a prompt anew.
-   Where all are full it is `QUEUE_BOUND` times the mean.
+   Where all are full it is `QUEUE_BOUND` times the mean, and one that has only begun, so that
+   little of it is cached, goes to the least loaded.
 4. Without a conversation, the one with the least load for its slots; among equals the nearest, by
    steps of `SAME_DISTANCE`; among those, by the number drawn for the request.
 """
@@ -171,6 +172,11 @@ class Pool:
         if member is not None:
             self._count(member, own=max(0, member.own - slots))
 
+    def has_room(self, worker: str) -> bool:
+        """Whether it is thought to have a free slot."""
+        member = self._members.get(worker)
+        return member is not None and member.load < member.slots
+
     def full(self, worker: str) -> None:
         """It has refused a request: it has no free slot until its beat says otherwise."""
         member = self._members.get(worker)
@@ -184,6 +190,7 @@ class Pool:
         tokens: int = 0,
         refused: Collection[str] = (),
         draw: int = 0,
+        begun: bool = False,
     ) -> Choice | None:
         """Choose a worker; None: nobody is left.
 
@@ -192,6 +199,7 @@ class Pool:
             tokens: length of the request as far as known; 0: unknown.
             refused: workers not to choose.
             draw: any number, different for each request, to decide among equals.
+            begun: the conversation has only begun.
         """
         self._refresh()
         eligible = self._eligible
@@ -202,7 +210,7 @@ class Pool:
         if not count:
             return None
         fitting = self._fitting(tokens)
-        if key is None or not self._near:
+        if key is None or not self._near or (begun and not self._free):
             return self._least_loaded(fitting, refused, draw)
         ring = self._ring
         if ring is None:

@@ -6,7 +6,7 @@ import json
 import pytest
 from scripted_worker import WAIT, hello
 
-from shared.protocol import ChatInput, Generate
+from shared.protocol import Accepted, ChatInput, Generate
 
 pytestmark = pytest.mark.nats
 
@@ -87,6 +87,44 @@ async def test_a_queue_far_above_the_mean_is_passed_over(router, http, start_wor
 
     assert answer.status_code == 200
     assert (len(long.jobs), len(short.jobs)) == (0, 1)
+
+
+async def test_a_worker_that_has_a_queue_after_all_is_left_for_one_with_room(
+    router, http, start_worker, chat
+):
+    async def queue(job):
+        if job.worker.name == job.worker.group_of["full"]:
+            await job.send(Accepted(job.attempt, job.worker.name, 2))
+            await job.cancelled.wait()
+        else:
+            await hello(job)
+
+    names = {"full": ""}
+    workers = [await start_worker(queue, name=f"worker-{number}") for number in (1, 2)]
+    for worker in workers:
+        worker.group_of = names
+    # Learn whose conversation it is, and have that one be full without having said so.
+    first = await http.post(f"{router.url}/v1/chat/completions", json=chat())
+    names["full"] = next(worker.name for worker in workers if worker.jobs)
+    second = await http.post(f"{router.url}/v1/chat/completions", json=chat())
+
+    full, free = sorted(workers, key=lambda worker: worker.name != names["full"])
+    assert (first.status_code, second.status_code) == (200, 200)
+    assert (len(full.jobs), len(free.jobs)) == (2, 1)
+    await asyncio.wait_for(full.jobs[1].cancelled.wait(), WAIT)
+
+
+async def test_where_all_have_a_queue_it_waits_in_one(router, http, start_worker, chat):
+    async def queue(job):
+        await job.send(Accepted(job.attempt, job.worker.name, 1))
+        await job.send(job.delta("hi"), job.done(), job.end())
+
+    for number in (1, 2):
+        await start_worker(queue, name=f"worker-{number}")
+
+    answer = await http.post(f"{router.url}/v1/chat/completions", json=chat())
+
+    assert answer.status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.conversation import conversation_key, rough_tokens
+from router.conversation import conversation_key, has_begun, rough_tokens
 from shared.protocol import (
     ChatInput,
     Embed,
@@ -103,6 +103,13 @@ def test_embeddings_have_no_conversation():
 
     assert conversation_key(embed, "mine") is None
     assert rough_tokens(embed) == 3
+
+
+def test_a_conversation_has_begun_until_something_was_answered():
+    assert has_begun(chat(("s", "x"), ("u", "hi")))
+    assert not has_begun(chat(("u", "hi"), ("a", "hello"), ("u", "and?")))
+    assert has_begun(request(TextInput("hi")))
+    assert has_begun(Embed("r", 1, "m", (TextInput("hi"),), 0.0))
 
 
 def test_lengths_are_exact_for_tokens_and_a_guess_for_text():

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from router.metrics import Metrics
-from router.wishes import FRESH, Wishes, snapshot_of, worker_view
+from router.wishes import FRESH, Wishes, snapshot_of
 from shared.demand import Demand
-from shared.presence import Beat, LoadableModel, ModelState
-from shared.snapshot import Holding, ModelSettings
+from shared.presence import Beat, LoadableModel
+from shared.snapshot import ModelSettings
 
 GIB = 1 << 30
 
@@ -43,18 +43,6 @@ def fleet(clock):
     known = SimpleNamespace(beats=[beat()], demand={"m": waiting()}, settings={})
     known.wishes = Wishes(lambda: known.beats, lambda: known.demand, lambda: known.settings, clock)
     return known
-
-
-def test_a_beat_is_seen_by_the_models_own_names():
-    busy = ModelState("m", "ready", slots=4, busy=2, memory=3, since=5.0, pinned=True)
-    alias = ModelState("m-alias", "ready", slots=4, busy=2, alias_of="m")
-    failed = ModelState("n", "failed")
-    view = worker_view(beat("w", busy, alias, failed))
-
-    assert view.holds == (Holding("m", "ready", 5.0, 2, 3, True),)
-    assert view.able == {"m": 2 * GIB, "n": 2 * GIB}
-    assert (view.memory, view.open) == (8 * GIB, True)
-    assert not worker_view(beat("w", state="draining")).open
 
 
 def test_a_snapshot_does_not_depend_on_the_order_of_beats():

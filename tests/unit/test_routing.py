@@ -150,6 +150,28 @@ def test_where_all_are_full_a_conversation_waits_for_its_own_worker_only_if_it_i
     assert made.choose(key).reason == "spill"
 
 
+def test_where_all_are_full_one_that_has_only_begun_goes_to_the_least_loaded():
+    made = pool({"a": 9, "b": 9, "c": 8, "d": 9})
+    key = key_of("abcd", "a")
+    assert made.choose(key).worker == "a"
+    choice = made.choose(key, begun=True)
+    assert (choice.worker, choice.reason) == ("c", "least_loaded")
+    made.update("d", slots=8, load=7)
+    # room is where it is, and not with the least loaded
+    assert made.choose(key, begun=True).worker == "d"
+    made.update("a", slots=8, load=5)
+    assert made.choose(key, begun=True).reason == "affinity"
+
+
+def test_room_is_a_free_slot():
+    made = pool({"a": 8, "b": 7})
+    assert not made.has_room("a")
+    assert made.has_room("b")
+    assert not made.has_room("nobody")
+    made.placed("b")
+    assert not made.has_room("b")
+
+
 def test_a_refusal_counts_as_full_until_the_next_beat():
     made = pool(dict.fromkeys("abcd", 0))
     key = key_of("abcd", "a")
