@@ -36,10 +36,13 @@ def view_of(beat: Beat, costs: Mapping[str, int]) -> WorkerView:
 
 
 def slots_of(beats: Iterable[Beat]) -> dict[str, int]:
-    """Slots of a replica by model: what is really set up goes before what is promised."""
+    """Slots of a replica by model: what is really set up goes before what is promised.
+
+    Where workers differ, all who see the same workers choose the same number.
+    """
     promised: dict[str, int] = {}
     real: dict[str, int] = {}
-    for beat in beats:
+    for beat in sorted(beats, key=lambda beat: beat.worker):
         promised.update((model.name, model.slots) for model in beat.able)
         real.update(
             (model.name, model.slots)

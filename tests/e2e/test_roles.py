@@ -175,6 +175,12 @@ def shift(parts: Standbys, idle: float) -> None:
         assert (model, "waiting" in reason) == (A, True)
         # Which is when the decision was made; the loading comes after it.
         assert first - 0.1 <= at <= first + 5.0
+        ready = next(
+            when
+            for when, beat in watcher.beats
+            if any(state.name == A and state.state == "ready" for state in beat.models)
+        )
+        print(f"decided after {at - first:.2f} s, loaded {ready - at:.2f} s later")
         used_last = time.time()
         second = time.time()
         with ThreadPoolExecutor(6) as pool:
@@ -187,6 +193,7 @@ def shift(parts: Standbys, idle: float) -> None:
         (model, worker, at, reason) = watcher.changes("demote")[0]
         assert (model, worker) == (A, holder)
         assert "idle" in reason
+        print(f"let go {at - used_last:.2f} s after its last use, told {idle:g} s")
         # The last use is when the last answer ended, as the router told it.
         assert used_last + idle - 1.5 <= at <= used_last + idle + 2.5
         watcher.until(lambda: standby(watcher), parts.story)

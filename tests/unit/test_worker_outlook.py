@@ -1,6 +1,7 @@
 """What a worker makes of what it hears."""
 
 from collections.abc import Callable
+from itertools import permutations
 
 import msgspec
 import pytest
@@ -13,7 +14,7 @@ from shared.leases import LeaseTable
 from shared.ledger import FORGET
 from shared.presence import Beat, LoadableModel, ModelState, encode_beat
 from shared.settings import SettingsView, encode_settings
-from shared.sighting import view_of
+from shared.sighting import slots_of, view_of
 from shared.snapshot import ModelSettings
 from worker.outlook import LEAST_PAUSE, MISSED, MOST_HEARD, Outlook
 
@@ -171,6 +172,11 @@ def test_slots_are_those_that_are_set_up_else_those_that_are_promised(heard: Hea
     ready = ModelState("a", "ready", slots=2)
     heard.beat(Beat("other", "ready", 1, models=(ready,), able=ABLE))
     assert heard.outlook.snapshot(ME).slots == {"a": 2, "b": 8}
+
+
+def test_where_workers_differ_all_see_the_same_slots() -> None:
+    beats = [Beat(f"w{n}", "ready", 1, (ModelState("a", "ready", slots=n),)) for n in (1, 2, 3)]
+    assert {slots_of(order)["a"] for order in permutations(beats)} == {3}
 
 
 def test_nothing_is_decided_before_all_could_be_heard(heard: Heard) -> None:
