@@ -57,7 +57,7 @@ def noise(seed: int) -> None:
     rows = []
     for title, rule in (("as it is", as_it_is), ("simpler", simpler)):
         for seconds in (5.0, 30.0, 90.0):
-            found = (downs_per_hour(load, seconds, rule, 20, seed) for load in LOADS)
+            found = (downs_per_hour(load, seconds, rule, 10, seed) for load in LOADS)
             rows.append([title, f"{seconds:.0f} s", *(f"{value:.2f}" for value in found)])
     head = ("rule", "answers last", *(f"load {load:g}" for load in LOADS))
     show("To and fro under a steady load, times an hour", markdown(head, rows))

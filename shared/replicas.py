@@ -19,8 +19,9 @@ answers of 30 s moved a model up to 1.8 times an hour; so it is 0.1 times, at wo
 may have it evicted.
 
 **Bursts.** A replica that loads counts. While the first one loads, nothing is added, however many
-wait for it; later they grow at most fourfold, counted from those ready for `SETTLE`, for until
-then the load does not show what a new one does. A load that takes long holds up nobody but itself.
+wait for it, but a second one once that takes longer than `HEDGE`. Later they grow at most fourfold,
+counted from those ready for `SETTLE`, for until then the load does not show what a new one does. A
+load that takes long holds up nobody but itself.
 """
 
 import math
@@ -35,6 +36,7 @@ __all__ = (
     "DRAIN",
     "EVICT_AFTER",
     "GROWTH",
+    "HEDGE",
     "IDLE_AFTER",
     "LEAST_STAY",
     "SETTLE",
@@ -61,6 +63,9 @@ SETTLE = 10.0
 DRAIN = 5.0
 """Seconds in which what drains is expected to be gone; room is made elsewhere after that."""
 
+HEDGE = 60.0
+"""Seconds that a first replica may load while requests wait, before a second worker tries too."""
+
 GROWTH = 4
 """Factor by which replicas grow at once at most, counted from those that have settled."""
 
@@ -73,6 +78,7 @@ class Timing(NamedTuple):
     least_stay: float = LEAST_STAY
     settle: float = SETTLE
     drain: float = DRAIN
+    hedge: float = HEDGE
     growth: int = GROWTH
     """A factor, not a time."""
 
@@ -203,6 +209,10 @@ def _by_load(
         if demand.waiting:
             return 1, f"{demand.waiting} waiting since {now - demand.waiting_since:.1f} s"
         return 0, "not held, nobody waits"
+    if present == 1 and demand.waiting and not replicas[0].ready:
+        took = now - replicas[0].since
+        if took >= timing.hedge:
+            return 2, f"the only one has been loading for {took:.0f} s"
     up = enough(demand.load, demand.sustained, slots)
     if up > present:
         settled = sum(r.ready and now - r.since >= timing.settle for r in replicas)

@@ -11,6 +11,7 @@ from shared.demand import Demand
 from shared.placement import decide
 from shared.replicas import (
     EVICT_AFTER,
+    HEDGE,
     IDLE_AFTER,
     LEAST_STAY,
     SETTLE,
@@ -47,6 +48,21 @@ def test_a_burst_loads_one_however_many_wait():
     for _ in range(35):
         fleet.loads["a"] = 50
         fleet.step()
+    assert fleet.count("a") == 1
+
+
+def test_a_second_worker_tries_when_the_first_one_loads_for_long_and_no_third_does():
+    fleet = fleet_of(20, load=500)
+    fleet.ask("a")
+    fleet.step()
+    fleet.step(HEDGE - 2)
+    assert fleet.step() == []
+    (action,) = fleet.step()
+    assert (action.kind, action.replica) == ("promote", 1)
+    assert action.reason == "the only one has been loading for 60 s"
+    for _ in range(300):
+        assert fleet.step() == []
+    fleet.settle()
     assert fleet.count("a") == 1
 
 
