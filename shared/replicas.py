@@ -14,7 +14,7 @@ as it has been for some minutes (`sustained`); but when all slots are taken on a
 load of 1.3 where 8 slots would be left, of 36 where 72 would. Requests in flight are Poisson with a
 standard deviation of sqrt(load), so more and fewer lie 5 deviations apart, and means over time keep
 only a part of them. With 4 instead of 6, and with `load` for `sustained` above, a steady load of
-answers of 30 s moved a model up to 1.8 times an hour; so it is 0.1 times, at worst
+long answers moved a model up to 1.6 times an hour; so it is 0.2 times at worst
 (`docs/simulation.md`). A replica too many costs nobody anything meanwhile: a model that has none
 may have it evicted.
 
