@@ -42,8 +42,9 @@ _TTL = "Nats-TTL"
 _SEQUENCE = "Nats-Sequence"
 _WRONG_REVISION = 10071
 _NAME_IN_USE = 10058
-_NO_PEERS = (10005, 10052, 10074)
-"""No suitable peers; replicas not possible; not clustered."""
+_NOT_CLUSTERED = 10074
+_NO_PEERS = 10005
+"""Too few servers, or some of them away."""
 _TOMBSTONE_SECONDS = 5
 
 _DELETION = {_OPERATION: "DEL", _TTL: f"{_TOMBSTONE_SECONDS}s"}
@@ -113,7 +114,7 @@ class Kv:
     async def make(self, *buckets: Bucket) -> None:
         """Make those buckets that are not there; one that is there stays as it is.
 
-        In a cluster three servers hold a bucket, or one where there are fewer.
+        In a cluster three servers hold a bucket. Where fewer are there, one holds it, from then on.
         """
         for bucket in buckets:
             for replicas in (3, 1):
@@ -123,8 +124,10 @@ class Kv:
                 if refusal.err_code == _NAME_IN_USE:
                     _log.debug("kv.bucket_differs", bucket=bucket.name)
                     break
-                if replicas == 1 or refusal.err_code not in _NO_PEERS:
+                if replicas == 1 or refusal.err_code not in (_NOT_CLUSTERED, _NO_PEERS):
                     raise BusUnavailable(f"bucket {bucket.name}: {refusal.description}")
+                if refusal.err_code == _NO_PEERS:
+                    _log.warning("kv.bucket_on_one_server", bucket=bucket.name)
 
     async def get(self, bucket: Bucket, key: str) -> Entry | None:
         """Read one key; None if it is absent or deleted."""

@@ -171,10 +171,13 @@ async def test_a_restart_of_the_server_keeps_what_was_written_and_those_who_foll
         mesh = Kv(mesh_bus)
         await mesh.make(MODELS, ROLES)
         told: list[Entry] = []
+        claimed: list[Entry] = []
         await Kv(worker).follow(MODELS, told.append)
+        await Kv(worker).follow(ROLES, claimed.append)
         await worker.barrier()
         kept = await mesh.put(MODELS, "kept", b"1")
         await Kv(worker).tell(ROLES, "m.0", b"worker-1", 0)
+        await eventually(lambda: bool(claimed))
     assert not mesh_bus.connected
     with pytest.raises(BusUnavailable, match="NATS is away"):
         await mesh.get(MODELS, "kept")
