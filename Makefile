@@ -15,7 +15,7 @@ CHECKED := shared router worker mesh loadtests tests infra
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test slow soak lint format check bench-engine bench-router bench-routing bench-end-to-end bench-cancel bench-servers bench-memory peers bench-peers bench-speculation check-equality clean distclean
+.PHONY: help env run test slow soak lint format check bench-engine bench-router bench-routing bench-end-to-end bench-cancel bench-servers bench-memory peers bench-peers bench-speculation check-equality simulate clean distclean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | \
@@ -59,6 +59,9 @@ bench-engine: env ## Engine against llama.cpp's own ceiling
 
 bench-routing: env ## Routing against a random worker, round robin and the queue group
 	$(BIN)/python -m loadtests.bench_routing $(ARGS)
+
+simulate: env ## The fleet in virtual time; ARGS="--part policies" and so on, half an hour for all
+	$(BIN)/python -m loadtests.simulate $(ARGS)
 
 bench-router: env ## Router alone: CPU a token, streams, memory
 	$(BIN)/python -m loadtests.bench_router $(ARGS)
