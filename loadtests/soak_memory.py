@@ -50,10 +50,8 @@ LEAST = 5e6
 """Bytes of growth that are never held against a process; else `SHARE` of what it holds."""
 _FIELDS = {"Rss:": "rss", "Pss:": "pss", "Anonymous:": "anonymous"}
 _PRIVATE = ("Private_Clean:", "Private_Dirty:")
-
 PREFIX_MEMORY = "96MiB"
-"""What the KV of retired sequences may take: little enough to be full by the 1,000th request. The
-default is full by the 1,700th, and growth up to a bound is no leak."""
+"""Full by the 1,000th request; the default is full by the 1,700th, and that is no leak."""
 
 
 class Memory(msgspec.Struct, frozen=True):
@@ -279,19 +277,17 @@ async def soak(
     samples: list[Sample] = []
     async with Stack() as stack:
         port = await stack.router("router-1")
-        memory = f"--prefix-memory={PREFIX_MEMORY}"
-        options = ("--slots=8", f"--threads={threads}", "--ctx=2048", memory)
-        await stack.worker("worker-1", model or smollm2_q4_0(stack.folder), *options)
-        name = await stack.wait_model("router-1", "worker-1")
-        pids = stack.pids
+        options = ("--slots=8", "--ctx=2048", f"--prefix-memory={PREFIX_MEMORY}")
+        file = model or smollm2_q4_0(stack.folder)
+        await stack.worker("worker-1", file, *options, f"--threads={threads}")
+        name, pids = await stack.wait_model("router-1", "worker-1"), stack.pids
         watched = {
             "router": pids["router-1"],
             "agent": pids["worker-1"],
             "engine": engine_of(pids["worker-1"]),
             "nats": pids["nats"],
         }
-        run = Soak(Target(f"http://127.0.0.1:{port}"), name, connections)
-        started = now()
+        run, started = Soak(Target(f"http://127.0.0.1:{port}"), name, connections), now()
         for sent in range(0, requests + 1, every):
             if sent:
                 try:
