@@ -3,7 +3,6 @@
 import asyncio
 import time
 
-import msgspec
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
@@ -13,10 +12,9 @@ from mesh.tables import demand_table, status_view
 from shared import subjects
 from shared.bus import Bus, BusUnavailable
 from shared.command_line import identity
-from shared.demand import DemandEntry, decode_entry, total
+from shared.demand_view import DemandView
 from shared.kv import DEMAND, ROLES, Entry, Kv
 from shared.leases import LeaseTable
-from shared.ledger import FORGET
 
 __all__ = ("Picture", "watch")
 
@@ -31,41 +29,23 @@ class Picture:
     def __init__(self) -> None:
         self.fleet = Fleet()
         self._leases = LeaseTable()
-        self._demand: dict[str, tuple[DemandEntry, int]] = {}
+        self.demand = DemandView()
 
     def hear_lease(self, entry: Entry) -> None:
         """A write into the bucket of roles."""
         self._leases.hear(entry, time.monotonic())
 
-    def hear_demand(self, entry: Entry) -> None:
-        """A write into the bucket of demand; one that cannot be read is none."""
-        known = self._demand.get(entry.key)
-        if known is not None and known[1] > entry.revision:
-            return
-        self._demand.pop(entry.key, None)
-        if entry.value is not None:
-            try:
-                self._demand[entry.key] = (decode_entry(entry.value), entry.revision)
-            except msgspec.DecodeError:
-                return
-
     def view(self, note: str = "") -> RenderableType:
         """Everything as of now."""
         now = time.time()
         self.fleet.forget_silent(_SILENT)
-        self._demand = {
-            key: (entry, revision)
-            for key, (entry, revision) in self._demand.items()
-            if now - entry.at <= FORGET
-        }
         holders: dict[str, list[str]] = {}
         for key, lease in sorted(self._leases.live(time.monotonic())):
             holders.setdefault(key.model, []).append(lease.worker)
-        demand = total((entry for entry, _ in self._demand.values()), now)
         return Group(
             Text(note, style="red") if note else Text(time.strftime("%H:%M:%S")),
             status_view(self.fleet.snapshot(), now=now),
-            demand_table(demand, holders, now),
+            demand_table(self.demand.total(now), holders, now),
         )
 
 
@@ -84,8 +64,8 @@ async def watch(url: str, console: Console) -> None:
             subjects.ROUTERS, lambda message: picture.fleet.hear_router(message.data)
         )
         await kv.follow(ROLES, picture.hear_lease)
-        await kv.follow(DEMAND, picture.hear_demand)
-        for bucket, hear in ((DEMAND, picture.hear_demand), (ROLES, picture.hear_lease)):
+        await kv.follow(DEMAND, picture.demand.hear)
+        for bucket, hear in ((DEMAND, picture.demand.hear), (ROLES, picture.hear_lease)):
             try:
                 for entry in await kv.read(bucket):
                     hear(entry)

@@ -8,17 +8,16 @@ import asyncio
 import time
 from collections.abc import Callable
 
-import msgspec
 import structlog
 
 from router.demand import Demand
 from shared import subjects
 from shared.bus import BusUnavailable
 from shared.demand import Demand as FleetDemand
-from shared.demand import DemandEntry, decode_entry, encode_entry, total
+from shared.demand import encode_entry
+from shared.demand_view import DemandView
 from shared.errors import PayloadTooLarge
-from shared.kv import DEMAND, MODELS, ROLES, WORKERS, Entry, Kv
-from shared.ledger import FORGET
+from shared.kv import DEMAND, MODELS, ROLES, WORKERS, Kv
 
 __all__ = ("DemandBoard",)
 
@@ -38,8 +37,7 @@ class DemandBoard:
         self._ledger = demand.ledger
         self._urgent = demand.urgent
         self._clock = clock
-        self._entries: dict[str, DemandEntry] = {}
-        self._revisions: dict[str, int] = {}
+        self._view = DemandView()
         self._stale = True
         self._opened = False
 
@@ -50,16 +48,11 @@ class DemandBoard:
 
     def demand(self) -> dict[str, FleetDemand]:
         """All routers' demand as of now, by model."""
-        now = self._clock()
-        for key, entry in list(self._entries.items()):
-            if now - entry.last_use > FORGET and not entry.waiting and not entry.running:
-                del self._entries[key]
-                self._revisions.pop(key, None)
-        return total(self._entries.values(), now)
+        return self._view.total(self._clock())
 
     async def run(self) -> None:
         """Read, tell and follow until cancelled."""
-        follower = await self._kv.follow(DEMAND, self._take)
+        follower = await self._kv.follow(DEMAND, self._view.hear)
         try:
             while True:
                 self._own.enter()
@@ -82,21 +75,17 @@ class DemandBoard:
         try:
             if not self._opened:
                 await self._kv.make(DEMAND, ROLES, WORKERS, MODELS)
-            # A bucket that was lost and made anew counts from the beginning.
-            self._revisions.clear()
+            self._view.begin_anew()
             found = await self._kv.read(DEMAND)
         except BusUnavailable as error:
             log.warning("demand.unread", reason=str(error))
             self._stale = True
             return False
         for entry in found:
-            self._take(entry)
+            self._view.hear(entry)
         if not self._opened:
             self._opened = True
-            mine = (
-                entry for entry in self._entries.values() if entry.router == self._ledger.router
-            )
-            self._ledger.take_over(mine, self._clock())
+            self._ledger.take_over(self._view.of(self._ledger.router), self._clock())
         return True
 
     async def _tell(self) -> None:
@@ -107,22 +96,3 @@ class DemandBoard:
             except (BusUnavailable, ValueError, PayloadTooLarge) as error:
                 # What is in use is told again within seconds.
                 log.debug("demand.untold", model=entry.model, reason=str(error))
-
-    def _take(self, written: Entry) -> None:
-        if written.revision < self._revisions.get(written.key, 0):
-            return
-        self._revisions[written.key] = written.revision
-        if written.value is None:
-            self._entries.pop(written.key, None)
-            del self._revisions[written.key]
-            return
-        try:
-            entry = decode_entry(written.value)
-            owner = subjects.read_demand_key(written.key)
-        except (msgspec.DecodeError, ValueError) as error:
-            log.warning("demand.undecodable", key=written.key, error=str(error))
-            return
-        if owner != (entry.model, entry.router):
-            log.warning("demand.misnamed", key=written.key, model=entry.model, router=entry.router)
-            return
-        self._entries[written.key] = entry

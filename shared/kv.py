@@ -193,7 +193,7 @@ class Kv:
             headers[_EXPECTED] = str(revision)
         return await self._write(bucket, key, b"", headers)
 
-    async def follow(self, bucket: Bucket, take: Callable[[Entry], None]) -> Subscription:
+    async def follow(self, bucket: Bucket, take: Callable[[Entry], object]) -> Subscription:
         """Have `take` called with each write from now on, as long as the connection stands.
 
         After a reconnect it goes on by itself; what was written meanwhile is not told again.

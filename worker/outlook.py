@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping
 import msgspec
 import structlog
 
-from shared import subjects
 from shared.bus import Bus
-from shared.demand import REFRESH, DemandEntry, decode_entry, total
+from shared.demand import REFRESH
+from shared.demand_view import DemandView
 from shared.kv import DEMAND, WORKERS, Entry, Kv
 from shared.leases import RENEW_SECONDS, LeaseTable
-from shared.ledger import FORGET
 from shared.presence import Beat, LoadableModel, decode_beat
 from shared.settings import SettingsView
 from shared.sighting import costs_of, slots_of, view_of
@@ -55,7 +54,7 @@ class Outlook:
         self._clock = clock
         self._wall = wall
         self._beats: dict[str, tuple[Beat, float]] = {}
-        self._entries: dict[str, tuple[DemandEntry, int]] = {}
+        self._demand = DemandView()
         self._costs: dict[tuple[LoadableModel, ...], Mapping[str, int]] = {}
         self._listening_since = clock()
 
@@ -70,7 +69,7 @@ class Outlook:
     def reconnected(self) -> None:
         """NATS is back: listen anew before acting."""
         self.settings.reconnected()
-        self._entries = {key: (entry, 0) for key, (entry, _) in self._entries.items()}
+        self._demand.begin_anew()
         self._listening_since = self._clock()
 
     @property
@@ -100,22 +99,9 @@ class Outlook:
 
     def hear_demand(self, entry: Entry) -> None:
         """A router's account of one model."""
-        _, revision = self._entries.get(entry.key, (None, 0))
-        if entry.revision < revision:
-            return
-        if entry.value is None:
-            self._entries.pop(entry.key, None)
-            return
-        try:
-            told = decode_entry(entry.value)
-            owner = subjects.read_demand_key(entry.key)
-        except (msgspec.DecodeError, ValueError) as error:
-            _log.warning("demand.undecodable", key=entry.key, reason=str(error))
-            return
-        if owner == (told.model, told.router):
-            self._entries[entry.key] = (told, entry.revision)
-            if told.waiting:
-                self._on_demand()
+        told = self._demand.hear(entry)
+        if told is not None and told.waiting:
+            self._on_demand()
 
     def snapshot(self, own: Beat) -> Snapshot:
         """Everything at this moment, `own` being what the worker would tell of itself now."""
@@ -125,11 +111,6 @@ class Outlook:
             name: (beat, heard)
             for name, (beat, heard) in self._beats.items()
             if now - heard <= silent
-        }
-        self._entries = {
-            key: (entry, revision)
-            for key, (entry, revision) in self._entries.items()
-            if wall - entry.at <= FORGET
         }
         beats = [own, *(beat for beat, _ in self._beats.values())]
         self._costs = {beat.able: self._costs.get(beat.able) or costs_of(beat) for beat in beats}
@@ -146,6 +127,6 @@ class Outlook:
                 for key, lease in self._leases.live(now)
             ),
             settings=self.settings.settings,
-            demand=total((entry for entry, _ in self._entries.values()), wall),
+            demand=self._demand.total(wall),
             slots=slots_of(beats),
         )
