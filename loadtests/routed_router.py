@@ -10,8 +10,10 @@
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from random import Random
+from typing import Any
 
 from router import cli, fleet
 from shared.routing import Choice, Pool
@@ -19,7 +21,7 @@ from shared.routing import Choice, Pool
 __all__ = ("POOLS", "main")
 
 
-class _Blind(Pool):
+class _Blind(Pool, ABC):
     """Knows who serves the model, and nothing else of them."""
 
     @property
@@ -30,10 +32,9 @@ class _Blind(Pool):
         self,
         key: int | None = None,
         *,
-        tokens: int = 0,
         refused: Collection[str] = (),
         draw: int = 0,
-        begun: bool = False,
+        **_: Any,
     ) -> Choice | None:
         left = [worker for worker in self.eligible if worker not in refused]
         if not left:
@@ -43,8 +44,9 @@ class _Blind(Pool):
     def has_room(self, worker: str) -> bool:
         return False  # Else a worker that has a queue would be left again.
 
+    @abstractmethod
     def pick(self, workers: Sequence[str], draw: int) -> str:
-        raise NotImplementedError
+        """Choose one of them, none of which has refused."""
 
 
 class RandomPool(_Blind):
@@ -65,16 +67,8 @@ class GroupPool(Pool):
     def free(self) -> int:
         return 0  # Has the queue group asked first.
 
-    def choose(
-        self,
-        key: int | None = None,
-        *,
-        tokens: int = 0,
-        refused: Collection[str] = (),
-        draw: int = 0,
-        begun: bool = False,
-    ) -> Choice | None:
-        return super().choose(None, tokens=tokens, refused=refused, draw=draw)
+    def choose(self, key: int | None = None, **how: Any) -> Choice | None:
+        return super().choose(None, **(how | {"begun": False}))
 
 
 POOLS: dict[str, type[Pool]] = {
@@ -87,5 +81,5 @@ POOLS: dict[str, type[Pool]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `mesh-router` with another choice."""
-    fleet.Pool = POOLS[os.environ.get("MESH_ROUTING", "mesh")]  # type: ignore[misc]
+    fleet.Pool = POOLS[os.environ.get("MESH_ROUTING", "mesh")]  # type: ignore[attr-defined, misc]
     return cli.main(arguments)
