@@ -1,6 +1,5 @@
 """A real nats-server for the whole run, and connections to it that close themselves."""
 
-import asyncio
 import itertools
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -12,6 +11,7 @@ import structlog
 
 from shared.broker import Identity, NatsServer
 from shared.bus import Bus
+from tests.serving import serving
 
 Kind = Literal["router", "worker", "mesh"]
 _KINDS: tuple[Kind, ...] = ("router", "worker", "mesh")
@@ -55,12 +55,8 @@ def nats_server(
 ) -> Iterator[NatsServer]:
     """One server for all tests that neither stop it nor need users of their own."""
     server = NatsServer(identities=make_identities(), data_dir=tmp_path_factory.mktemp("nats"))
-    with asyncio.Runner() as runner:
-        runner.run(server.__aenter__())
-        try:
-            yield server
-        finally:
-            runner.run(server.__aexit__(None, None, None))
+    with serving(server):
+        yield server
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from loadtests.token_worker import TokenWorker
 from router.server import Serving
 from shared.broker import Identity, NatsServer
 from shared.bus import Bus
+from tests.serving import serving
 
 pytestmark = pytest.mark.nats
 
@@ -30,12 +31,8 @@ def wide_server(
     server = NatsServer(
         identities=make_identities(workers=WORKERS), data_dir=tmp_path_factory.mktemp("wide")
     )
-    with asyncio.Runner() as runner:
-        runner.run(server.__aenter__())
-        try:
-            yield server
-        finally:
-            runner.run(server.__aexit__(None, None, None))
+    with serving(server):
+        yield server
 
 
 @pytest.fixture

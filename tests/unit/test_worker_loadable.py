@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import structlog
 
 from shared.presence import LoadableModel
+from tests.unit.tiny_gguf import write_tiny_gguf
 from worker.catalog import read_catalog
 from worker.gguf_header import estimate_memory, read_header
 from worker.hub import HubSource
@@ -19,28 +18,10 @@ SETTINGS = ServingSettings(slots=2, context=256, prefix_memory=1 << 40)
 PLENTY = 1 << 40
 
 
-def write(path: Path, width: int) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name(path.stem)
-    writer.add_basename("Tiny")
-    writer.add_block_count(1)
-    writer.add_context_length(2048)
-    writer.add_embedding_length(width)
-    writer.add_head_count(1)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["a", "b"])
-    writer.add_tensor("token_embd.weight", np.zeros((512, width), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write(tmp_path / "small.gguf", 128)
-    write(tmp_path / "big.gguf", 2048)
+    write_tiny_gguf(tmp_path / "small.gguf", width=128)
+    write_tiny_gguf(tmp_path / "big.gguf", width=2048)
     return tmp_path
 
 
@@ -107,6 +88,6 @@ def test_a_file_on_the_hub_is_told_once_it_has_been_fetched(folder: Path, tmp_pa
     snapshot.mkdir(parents=True)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("abc")
-    write(snapshot / "m.gguf", 128)
+    write_tiny_gguf(snapshot / "m.gguf", width=128)
     assert able(settings)["far"].size == (snapshot / "m.gguf").stat().st_size
     assert read_catalog(folder).models["far"].file == HubSource("o/r", "m.gguf")

@@ -4,11 +4,10 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import structlog
 
+from tests.unit.tiny_gguf import write_tiny_gguf
 from worker.catalog import read_catalog
 from worker.gguf_header import estimate_memory, read_header
 from worker.link import EngineConfig
@@ -18,30 +17,11 @@ from worker.preparing import ServingSettings, prepare
 SETTINGS = ServingSettings(slots=2, context=256)
 
 
-def write(path: Path, *, width: int, pre: str = "tiny") -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name(path.stem)
-    writer.add_basename("Tiny")
-    writer.add_block_count(1)
-    writer.add_context_length(2048)
-    writer.add_embedding_length(width)
-    writer.add_head_count(1)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(["a", "b"])
-    writer.add_tensor("token_embd.weight", np.zeros((512, width), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write(tmp_path / "big.gguf", width=2048)
-    write(tmp_path / "small.gguf", width=128)
-    write(tmp_path / "stranger.gguf", width=64, pre="other")
+    write_tiny_gguf(tmp_path / "big.gguf", width=2048)
+    write_tiny_gguf(tmp_path / "small.gguf", width=128)
+    write_tiny_gguf(tmp_path / "stranger.gguf", width=64, pre="other")
     return tmp_path
 
 
@@ -174,7 +154,7 @@ async def test_where_memory_is_unlimited_what_is_wished_for_is_set_aside(folder:
 
 
 async def test_a_draft_goes_before_prefixes(folder: Path, prepared):
-    write(folder / "middle.gguf", width=1024)
+    write_tiny_gguf(folder / "middle.gguf", width=1024)
     (folder / "models.toml").write_text('[models.x]\nfile = "big.gguf"\ndraft = "middle.gguf"\n')
     big, middle = (read_header(folder / f"{name}.gguf") for name in ("big", "middle"))
     wish = estimate_memory(big, cells=2 * 256) * 5 // 4
