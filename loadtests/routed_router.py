@@ -81,5 +81,5 @@ POOLS: dict[str, type[Pool]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `mesh-router` with another choice."""
-    fleet.Pool = POOLS[os.environ.get("MESH_ROUTING", "mesh")]  # type: ignore[attr-defined, misc]
+    fleet.Pool = POOLS[os.environ.get("MESH_ROUTING", "mesh")]  # type: ignore[attr-defined]
     return cli.main(arguments)
