@@ -16,6 +16,7 @@ Who comes first when memory is short:
    use one replica stays whoever asks.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Literal, NamedTuple
@@ -29,6 +30,8 @@ __all__ = ("Action", "Decision", "Kind", "decide", "replicas_of")
 
 _NO_DEMAND = Demand()
 _NO_LEASE = float("inf")
+_NEVER = float("inf")
+"""Bytes that a model takes on a worker that cannot load it."""
 
 Kind = Literal["promote", "adopt", "demote"]
 
@@ -135,9 +138,9 @@ class _Round:
         for model, wanted in self._wants.items():
             self._adopt(model, wanted)
             self._demote(model, wanted)
-        claims = sorted(self._claims())
-        if claims:
-            self._place_all(claims)
+        pinned = sorted(self._pinned())
+        if pinned or any(wanted.replicas > wanted.present for wanted in self._wants.values()):
+            self._place_all(pinned)
         return Decision(self._wants, tuple(self._actions))
 
     def _settings(self, model: str) -> ModelSettings:
@@ -150,14 +153,14 @@ class _Round:
         return max(1, self._snapshot.slots.get(model, DEFAULT_SLOTS))
 
     def _missing_pins(self, model: str) -> list[str]:
-        """Workers in sight that should hold the model and do not."""
+        """Workers in sight that should hold the model, could, and do not."""
         holders = {replica.worker for replica in self._replicas.get(model, ())}
-        pinned = self._snapshot.settings[model].pinned
-        return sorted(
-            name
-            for name in {*pinned} - holders
-            if name in self._open and model in self._open[name].able
-        )
+        pinned = {*self._snapshot.settings[model].pinned} - holders
+        return sorted(name for name in pinned if self._could_hold(name, model))
+
+    def _could_hold(self, name: str, model: str) -> bool:
+        worker = self._open.get(name)
+        return worker is not None and worker.able.get(model, _NEVER) <= worker.memory
 
     def _want(self, model: str) -> Want:
         replicas = self._replicas.get(model, [])
@@ -201,13 +204,17 @@ class _Round:
     def _act(self, kind: Kind, worker: str, model: str, replica: int, reason: str) -> None:
         self._actions.append(Action(kind, worker, model, replica, reason))
 
-    def _claims(self) -> Iterator[Claim]:
+    def _pinned(self) -> Iterator[Claim]:
+        for model, names in self._pins.items():
+            precedence = -self._settings(model).priority
+            for name in names:
+                yield Claim(PINNED, precedence, 0.0, model, 0, name)
+
+    def _claims(self, pinned: Mapping[str, int]) -> Iterator[Claim]:
+        """What is wanted beside what is there and what has been placed as pinned."""
         for model, wanted in self._wants.items():
             precedence = -self._settings(model).priority
-            pins = self._pins.get(model, [])
-            for name in pins:
-                yield Claim(PINNED, precedence, 0.0, model, 0, name)
-            for index in range(wanted.present + len(pins), wanted.replicas):
+            for index in range(wanted.present + pinned.get(model, 0), wanted.replicas):
                 if index < wanted.floor:
                     yield Claim(MINIMUM, precedence, 0.0, model, index)
                 elif index == 0:
@@ -217,13 +224,16 @@ class _Round:
                     relief = self._demand(model).load / (index * self._slots(model))
                     yield Claim(EXTRA, precedence, -relief, model, index)
 
-    def _place_all(self, claims: list[Claim]) -> None:
+    def _place_all(self, pinned: list[Claim]) -> None:
         floor = Floor(self._rooms())
         victims = sorted(self._victims())
         beside: dict[str, list[Victim]] = {}
         for victim in victims:
             beside.setdefault(victim.worker, []).append(victim)
-        for claim in claims:
+        placed = Counter(
+            claim.model for claim in pinned if self._place(claim, floor, victims, beside)
+        )
+        for claim in sorted(self._claims(placed)):
             self._place(claim, floor, victims, beside)
 
     def _rooms(self) -> Iterator[Room]:
@@ -261,12 +271,12 @@ class _Round:
         floor: Floor,
         victims: list[Victim],
         beside: Mapping[str, list[Victim]],
-    ) -> None:
-        """Find a worker for a claim: with room, with room soon, or by eviction."""
+    ) -> bool:
+        """Find a worker for a claim: with room, with room soon, or by eviction; whether there is."""
         model = claim.model
         least = floor.least(model)
         if least is None:
-            return
+            return False
         if claim.target:
             victims = beside.get(claim.target, [])
         room = floor.with_room(model, least, claim.target)
@@ -274,19 +284,20 @@ class _Round:
             floor.reserve(room, model)
             reason = self._wants[model].reason
             self._act("promote", room.name, model, self._number(model), reason)
-            return
+            return True
         room = floor.with_room_soon(model, claim.target)
         if room is None:
             found = floor.by_eviction(
                 model, victims, beside, lambda victim: self._may_go(victim, claim)
             )
             if found is None:
-                return
+                return False
             room, gone = found
             for victim in gone:
                 self._evict(victim, model)
                 floor.leaves(room, victim)
         floor.reserve(room, model)
+        return True
 
     def _evict(self, victim: Victim, model: str) -> None:
         number = self._replicas[victim.model][victim.rank].number

@@ -328,6 +328,36 @@ def test_a_pinned_worker_makes_room():
     assert fleet.where("a") == ["w0"]
 
 
+@pytest.mark.parametrize("minimum", [0, 1])
+def test_a_pin_to_a_worker_that_is_too_small_keeps_the_model_from_nobody(minimum):
+    fleet = ToyFleet()
+    fleet.add("small", GIB // 2, ABLE)
+    fleet.add("other", GIB, ABLE)
+    fleet.settings["a"] = ModelSettings("a", minimum=minimum, pinned=("small",))
+    fleet.settle()
+    assert fleet.count("a") == minimum
+    fleet.ask("a")
+    fleet.settle()
+    assert fleet.where("a") == ["other"]
+    fleet.leave("a")
+    fleet.step(IDLE_AFTER)
+    fleet.settle()
+    assert fleet.count("a") == minimum
+
+
+def test_a_pin_that_has_to_wait_is_stood_in_for():
+    fleet = ToyFleet()
+    fleet.add("taken", GIB, ABLE, "b")
+    fleet.add("other", GIB, ABLE)
+    fleet.settings["a"] = ModelSettings("a", pinned=("taken",))
+    fleet.settle()
+    assert fleet.where("a") == ["other"]
+    fleet.remove("taken")
+    fleet.add("taken", GIB, ABLE)
+    fleet.settle()
+    assert fleet.where("a") == ["taken"]
+
+
 def test_what_the_workers_operator_named_stays_and_counts():
     fleet = ToyFleet()
     fleet.add("mine", GIB, ABLE, "a")
