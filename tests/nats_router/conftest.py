@@ -19,7 +19,15 @@ pytestmark = pytest.mark.nats
 
 
 @pytest.fixture
-async def start_router(nats_server: NatsServer) -> AsyncIterator[Callable[..., Any]]:
+def started() -> list[tuple[NatsServer, Serving]]:
+    """The routers of this test, and their brokers."""
+    return []
+
+
+@pytest.fixture
+async def start_router(
+    nats_server: NatsServer, started: list[tuple[NatsServer, Serving]]
+) -> AsyncIterator[Callable[..., Any]]:
     """Start a router: `await start_router(ping_interval=0.3)`."""
     async with AsyncExitStack() as stack:
 
@@ -27,7 +35,9 @@ async def start_router(nats_server: NatsServer) -> AsyncIterator[Callable[..., A
             name: str = "router-1", server: NatsServer = nats_server, **settings: Any
         ) -> Serving:
             chosen = {"nats": server.url_for(name), "name": name, "port": 0, "grace": 1.0}
-            return await stack.enter_async_context(serving(Settings(**(chosen | settings))))
+            router = await stack.enter_async_context(serving(Settings(**(chosen | settings))))
+            started.append((server, router))
+            return router
 
         yield start
 
@@ -40,9 +50,17 @@ async def router(start_router: Callable[..., Awaitable[Serving]]) -> Serving:
 
 @pytest.fixture
 async def start_worker(
-    connect: Callable[..., Awaitable[Bus]], unique: str
+    connect: Callable[..., Awaitable[Bus]],
+    unique: str,
+    nats_server: NatsServer,
+    started: list[tuple[NatsServer, Serving]],
+    eventually: Callable[..., Awaitable[None]],
 ) -> AsyncIterator[Callable[..., Any]]:
-    """Start a scripted worker: `await start_worker(script, name="worker-2")`."""
+    """Start a scripted worker: `await start_worker(script, name="worker-2")`.
+
+    It is there once the routers have measured how far it is: until then they leave it for any that
+    they have.
+    """
     async with AsyncExitStack() as stack:
 
         async def start(
@@ -53,8 +71,14 @@ async def start_worker(
             server: NatsServer | None = None,
             **state: Any,
         ) -> ScriptedWorker:
-            bus = await (connect(name) if server is None else connect(name, server=server))
-            return await stack.enter_async_context(ScriptedWorker(bus, model, script, **state))
+            broker = nats_server if server is None else server
+            bus = await connect(name, server=broker)
+            worker = await stack.enter_async_context(ScriptedWorker(bus, model, script, **state))
+            for its_broker, router in started:
+                if its_broker is broker:
+                    distances = router.dispatcher.distances
+                    await eventually(lambda seen=distances: seen.rtt(name) is not None)
+            return worker
 
         yield start
 

@@ -13,12 +13,10 @@ ASK = {"X-Mesh-Explain": "1"}
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_headers_tell_worker_reason_candidates_distance_and_wait(
-    router, http, start_worker, chat, eventually, stream
+    router, http, start_worker, chat, stream
 ):
     for number in (1, 2):
         await start_worker(name=f"worker-{number}")
-    distances = router.dispatcher.distances
-    await eventually(lambda: all(distances.rtt(f"worker-{n}") is not None for n in (1, 2)))
 
     answer = await http.post(
         f"{router.url}/v1/chat/completions", json=chat(stream=stream), headers=ASK
