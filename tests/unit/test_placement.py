@@ -440,6 +440,37 @@ def test_a_ready_replica_does_not_go_before_the_one_that_stays_is_ready():
     assert decide(snapshot, START).actions == ()
 
 
+def two_replicas(first: str, second: str, **more: object) -> Snapshot:
+    """`a` on w1 (lease 0) and on w2 (lease 1), in these states; `b` fits in the place of either."""
+    able = {"a": GIB, "b": GIB}
+    states = {"w1": first, "w2": second}
+    return Snapshot(
+        workers=tuple(
+            WorkerView(name, GIB, able, (Holding("a", state, START - 50, memory=GIB),))
+            for name, state in states.items()
+        ),
+        leases=(LeaseView("a", 0, "w1"), LeaseView("a", 1, "w2")),
+        **more,
+    )
+
+
+def test_a_replica_too_many_finishes_loading_before_it_goes():
+    limit = {"a": ModelSettings("a", maximum=1)}
+    assert decide(two_replicas("ready", "loading", settings=limit), START).actions == ()
+    (action,) = decide(two_replicas("ready", "ready", settings=limit), START).actions
+    assert (action.kind, action.worker) == ("demote", "w2")
+
+
+@pytest.mark.parametrize(("first", "makes_room"), [("loading", False), ("ready", True)])
+def test_a_second_replica_makes_room_only_where_the_first_one_serves(first, makes_room):
+    demand = {
+        "a": Demand(running=4, load=4, sustained=4, last_use=START),
+        "b": Demand(waiting=1, waiting_since=START - 1, last_use=START),
+    }
+    actions = decide(two_replicas(first, "ready", demand=demand), START).actions
+    assert [(action.kind, action.worker) for action in actions] == [("demote", "w2")] * makes_room
+
+
 def test_a_slow_drain_does_not_hold_up_room_elsewhere():
     fleet = full_of_a_and_b()
     fleet.drain = 1000

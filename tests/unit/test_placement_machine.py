@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shared.placement import Decision, decide, replicas_of
+from shared.replicas import Want
 from shared.snapshot import ModelSettings, Snapshot
 from tests.unit.toy_fleet import GIB, ToyFleet, shuffled
 
@@ -138,7 +139,7 @@ class PlacementMachine(RuleBasedStateMachine):
         gone = {a.worker for a in decision.actions if a.kind == "demote" and a.model == model}
         left = [replica for replica in replicas if replica.worker not in gone]
         wanted = decision.wants[model]
-        assert len(left) >= min(wanted.floor, len(replicas))
+        assert len(left) >= min(self.floor(model, wanted), len(replicas))
         demand = snapshot.demand.get(model)
         if gone and demand is not None and (demand.running or demand.waiting):
             assert left
@@ -155,13 +156,18 @@ class PlacementMachine(RuleBasedStateMachine):
         replicas = replicas_of(snapshot)
         wants = decide(snapshot, fleet.now).wants
         for model, wanted in wants.items():
-            if len(replicas.get(model, ())) >= wanted.floor:
+            if len(replicas.get(model, ())) >= self.floor(model, wanted):
                 continue
             for worker in snapshot.workers:
                 held = {holding.model for holding in worker.holds}
                 if worker.open and model in worker.able and model not in held:
                     free = worker.memory - fleet.used(worker.name)
                     assert free < worker.able[model], f"{worker.name} could take {model}"
+
+    def floor(self, model: str, wanted: Want) -> int:
+        """What is to stay, as the operator says and as the placement function does."""
+        known = self.fleet.settings.get(model)
+        return max(wanted.floor, known.minimum if known else 0)
 
     def view(self, name: str, whole: Snapshot) -> Snapshot:
         seen = tuple(w for w in whole.workers if w.name == name or self.rng.random() > self.blind)
