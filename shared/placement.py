@@ -272,7 +272,7 @@ class _Round:
         victims: list[Victim],
         beside: Mapping[str, list[Victim]],
     ) -> bool:
-        """Find a worker for a claim: with room, with room soon, or by eviction; whether there is."""
+        """Find a worker for a claim, if need be by eviction; whether there is one."""
         model = claim.model
         least = floor.least(model)
         if least is None:
