@@ -1,5 +1,6 @@
 """A real nats-server for the whole run, and connections to it that close themselves."""
 
+import asyncio
 import itertools
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -76,3 +77,17 @@ async def connect(nats_server: NatsServer) -> AsyncIterator[Callable[..., Awaita
 def unique() -> str:
     """A name that no other test uses, not even one of another process on the same server."""
     return f"test-{os.getpid()}-{next(_numbers)}"
+
+
+@pytest.fixture
+def eventually() -> Callable[..., Awaitable[None]]:
+    """Wait until a condition holds; the bound only keeps a broken test from hanging."""
+
+    async def wait(condition: Callable[[], bool], timeout: float = 20.0) -> None:
+        async with asyncio.timeout(timeout):
+            while True:
+                if condition():
+                    return
+                await asyncio.sleep(0.01)
+
+    return wait

@@ -1,6 +1,5 @@
-"""Servers of a test's own, and waiting for what a real server does in its own time."""
+"""Servers of a test's own."""
 
-import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
@@ -10,20 +9,6 @@ from typing import Any
 import pytest
 
 from shared.broker import Identity, NatsServer
-
-
-@pytest.fixture
-def eventually() -> Callable[..., Awaitable[None]]:
-    """Wait until a condition holds; the bound only keeps a broken test from hanging."""
-
-    async def wait(condition: Callable[[], bool], timeout: float = 20.0) -> None:
-        async with asyncio.timeout(timeout):
-            while True:
-                if condition():
-                    return
-                await asyncio.sleep(0.01)
-
-    return wait
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Routers in this process, on real sockets and a real broker, with scripted workers."""
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -102,20 +101,6 @@ async def sdk(router: Serving) -> AsyncIterator[openai.AsyncOpenAI]:
             http_client=inner,
         )
         yield client
-
-
-@pytest.fixture
-def eventually() -> Callable[..., Awaitable[None]]:
-    """Wait until a condition holds; the bound only keeps a broken test from hanging."""
-
-    async def wait(condition: Callable[[], bool], timeout: float = WAIT) -> None:
-        async with asyncio.timeout(timeout):
-            while True:
-                if condition():
-                    return
-                await asyncio.sleep(0.01)
-
-    return wait
 
 
 @pytest.fixture
