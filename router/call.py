@@ -1,40 +1,30 @@
-"""One request on its way to a worker: finding one that takes it, then passing on its frames.
+"""One request: what becomes of it once a worker has it, and when that is lost.
 
-A call is driven by what arrives, not by a task: most calls meet a worker with a free slot at the
-first try and never need one. Only the way round (nobody subscribed, a busy worker, a large body)
-runs as a task.
+A call is driven by what arrives, not by a task. `router.asking` finds the worker.
 
-    asking --Accepted--> running --End, Fail, lost, late, left--> over
-      |  ^
-      |  | 503, Busy: where `router.search` says next
-      +--+
-      |  ^
-      |  | nobody serves the model yet: held (`router.waiting`) until somebody does
-      +--+
+    asking --Accepted--> running --End, Fail, late, left--> over
+     |  ^ ^                 |
+     |  | +-----------------+ lost, silent, a frame missing: asked again with the tokens that came
+     |  | 503, Busy: where `router.search` says next
+     +--+
+     |  ^
+     |  | nobody serves the model yet: held (`router.waiting`) until somebody does
+     +--+
+
+`router.handover` moves a running attempt whose worker wants to be rid of it.
 """
 
-import asyncio
 import time
 
 import msgspec
 
-from router.desk import Desk, Sink
-from router.envelope import chunks, envelope
-from router.orphan import Orphan
-from router.search import STALE_INTEREST, Search, Why
+from router.asking import Asking
+from router.desk import Desk, Loss, Sink
+from router.handover import Handover
+from router.search import Search
 from router.secret import attempt_number
-from shared import subjects
-from shared.assembly import Assembly
-from shared.bus import BusUnavailable
-from shared.errors import (
-    DeadlineExceeded,
-    MeshError,
-    Unavailable,
-    WorkerFailed,
-    error_from_code,
-)
+from shared.errors import DeadlineExceeded, MeshError, Unavailable, WorkerFailed, error_from_code
 from shared.protocol import (
-    VERSION,
     Accepted,
     Busy,
     Delta,
@@ -42,199 +32,48 @@ from shared.protocol import (
     End,
     Fail,
     Frame,
-    Generate,
+    Handback,
     Request,
 )
 
 __all__ = ("Call",)
 
-SUSPICION = 5.0
+SUSPICION = 2.0
 """Seconds within which a stream must go on after the connection to NATS was interrupted."""
+PATIENCE = 6
+"""Times the stall timeout after which a stream is given up although nobody else could go on."""
 
-_HEADERS = {"Mesh-Version": VERSION}
 
-
-class Call:
+class Call(Asking):
     """One request and its current attempt."""
 
     __slots__ = (
-        "_asked_at",
-        "_assembly",
-        "_began",
-        "_body",
-        "_choices",
-        "_desk",
-        "_held",
-        "_moving",
+        "_cache_key",
+        "_handover",
+        "_losses",
         "_part",
-        "_request",
-        "_search",
-        "_seen",
-        "_seen_at",
+        "_resumed",
         "_sink",
-        "_suspect",
-        "_target",
         "accepted_at",
-        "over",
         "position",
-        "was_held",
     )
 
     def __init__(
         self, desk: Desk, request: Request, sink: Sink, part: int, cache_key: str = ""
     ) -> None:
-        self._desk = desk
-        self._request = request
+        super().__init__(desk, request, cache_key)
         self._sink = sink
         self._part = part
-        self._choices = request.n if isinstance(request, Generate) else 1
-        self._assembly = Assembly(request.attempt, self._choices)
-        self._search = Search(desk.fleet, request, cache_key)
-        self._body = b""
-        self._target = ""
-        self._moving = False
-        self._held = False
-        self._began = False
-        self._asked_at = 0.0
-        self._seen = 0
-        self._seen_at = 0.0
-        self._suspect = False
-        self.over = False
-        self.was_held = False
+        self._cache_key = cache_key
+        self._losses = 0
+        """Attempts that were lost, of which the settings allow so many."""
+        self._resumed = 0
+        """Attempts that went on behind tokens of others."""
+        self._handover: Handover | None = None
         self.accepted_at = 0.0
         """When a worker took it (monotonic); 0: none has said so yet."""
         self.position = 0
         """Its place in the worker's queue when it was taken; 0: it ran at once."""
-
-    @property
-    def worker(self) -> str:
-        """Who has it; empty: nobody yet."""
-        return self._assembly.worker
-
-    @property
-    def progress(self) -> str:
-        """How far its model is, while it is held for it; else empty."""
-        return self._desk.waiting.progress(self._request.model) if self._held else ""
-
-    @property
-    def reason(self) -> Why:
-        """Why it was asked where it was asked last."""
-        return self._search.reason
-
-    @property
-    def candidates(self) -> int:
-        """Workers among which was chosen last; 0: none was known."""
-        return self._search.candidates
-
-    # Asking
-
-    async def begin(self) -> None:
-        """Publish the first try, or be held.
-
-        Raises:
-            MeshError: it cannot be sent, or nobody takes it.
-        """
-        try:
-            await self._ask_next()
-        except MeshError:
-            self._close()
-            raise
-
-    async def _ask_next(self) -> None:
-        door = self._search.next(self._request.attempt)
-        if door is not None:
-            self._target = door.worker
-            await self._ask(door.subject)
-            return
-        model, busy = self._request.model, self._search.busy
-        if not self._desk.hold(model, self, busy, again=self.was_held):
-            raise self._desk.nobody(model, busy)
-        self._held = self.was_held = True
-        self._target = ""
-        self._asked_at = 0.0
-        # So that it goes on hearing the time pass.
-        self._desk.inbox.register(self._request.attempt, self)
-        self._desk.demand.waits(model)
-
-    def resume(self) -> None:
-        """Somebody may take it now; it is not held any more."""
-        self._stop_waiting()
-        self._search.begin_anew()
-        self._move_on(pause=0.0)
-
-    def refuse(self, error: MeshError) -> None:
-        """It was held in vain."""
-        self._fail(error)
-
-    def _stop_waiting(self) -> None:
-        if self._held:
-            self._held = False
-            self._desk.waiting.leave(self._request.model, self)
-            self._desk.demand.waits_no_more(self._request.model)
-
-    async def _ask(self, subject: str) -> None:
-        desk = self._desk
-        request = self._request
-        reply = desk.inbox.register(request.attempt, self)
-        body, self._body = envelope(request, desk.bus.max_payload)
-        headers = _HEADERS
-        if request.traceparent:
-            headers = _HEADERS | {"traceparent": request.traceparent}
-        self._asked_at = time.monotonic()
-        try:
-            await desk.bus.publish(subject, body, reply=reply, headers=headers)
-        except BusUnavailable as error:
-            raise Unavailable(f"The mesh is not reachable now: {error}.", retry_after=2) from error
-
-    def no_responders(self) -> None:
-        """Nobody was subscribed where we asked."""
-        if self.over or self._heard:
-            return
-        if self._target:
-            self._search.refuse(self._target)
-        # A door that was closed stays closed; the group may have a member unknown to our server.
-        self._move_on(pause=0.0 if self._target else STALE_INTEREST)
-
-    def _busy_worker(self, frame: Busy) -> None:
-        self._search.refused(frame)
-        self._renew()
-        self._move_on(pause=0.0)
-
-    def _move_on(self, *, pause: float) -> None:
-        if not self._moving:
-            self._moving = True
-            self._desk.spawn(self._ask_on(pause=pause))
-
-    async def _ask_on(self, *, pause: float) -> None:
-        """Ask the next."""
-        await asyncio.sleep(pause)
-        self._moving = False
-        if self.over:
-            return
-        try:
-            await self._ask_next()
-        except MeshError as error:
-            self._fail(error)
-
-    def _renew(self) -> None:
-        """Take a new attempt number: the old one is known to a worker that is out of it."""
-        self._desk.inbox.forget(self._request.attempt, self)
-        self._stop_running()
-        self._request = msgspec.structs.replace(self._request, attempt=attempt_number())
-        self._assembly = Assembly(self._request.attempt, self._choices)
-
-    async def _send_body(self) -> None:
-        """Send what the head announced, to the worker that has accepted it."""
-        body, self._body = self._body, b""
-        subject = subjects.body(self._assembly.worker)
-        try:
-            for piece in chunks(self._request.attempt, body):
-                if self.over:
-                    return
-                await self._desk.bus.publish(subject, piece)
-                await asyncio.sleep(0)
-        except BusUnavailable as error:
-            self._fail(WorkerFailed(f"The request could not be brought to its worker: {error}."))
 
     # Running
 
@@ -243,15 +82,11 @@ class Call:
         verdict = self._assembly.check(frame)
         if verdict == "take":
             if type(frame) is Delta:
-                if frame.choice < self._choices:
-                    self._sink.frame(self._part, frame)
-                    return
-                verdict = "gap"
+                self._sink.frame(self._part, frame)
             else:
                 self._control(frame)
-        if verdict == "gap":
-            self._abandon()
-            self._fail(WorkerFailed("Part of the worker's answer was lost on the way."))
+        elif verdict == "gap":
+            self._lose("gap", WorkerFailed("Part of the worker's answer was lost on the way."))
 
     def _control(self, frame: Frame) -> None:
         if isinstance(frame, Accepted):
@@ -264,15 +99,22 @@ class Call:
         elif isinstance(frame, Busy):
             self._busy_worker(frame)
         elif isinstance(frame, Fail):
-            self._fail(
-                error_from_code(
-                    frame.code, frame.message, param=frame.param, retry_after=frame.retry_after
-                )
+            error = error_from_code(
+                frame.code, frame.message, param=frame.param, retry_after=frame.retry_after
             )
+            if frame.lost:
+                self._lose("failed", error, self._assembly.worker)
+            else:
+                self._fail(error)
+        elif isinstance(frame, Handback):
+            self._hand_over()
         else:
             if isinstance(frame, End | EmbedResult):
                 self._desk.demand.generated(self._request.model, frame.usage.completion)
                 self._close()
+                if self._resumed and isinstance(frame, End):
+                    timings = msgspec.structs.replace(frame.timings, resumed=self._resumed)
+                    frame = msgspec.structs.replace(frame, timings=timings)
             self._sink.frame(self._part, frame)
 
     def _accepted(self, frame: Accepted) -> None:
@@ -282,11 +124,6 @@ class Call:
         self._desk.demand.began(self._request.model)
         # The group's choice is known only now.
         self._search.take(frame.worker)
-
-    def _stop_running(self) -> None:
-        if self._began:
-            self._began = False
-            self._desk.demand.ended(self._request.model)
 
     # Ending
 
@@ -312,48 +149,81 @@ class Call:
         else:
             self._watch(now)
 
-    @property
-    def _heard(self) -> bool:
-        """Whether a worker has it; its `Accepted` may be lost, as any frame."""
-        return bool(self._assembly.worker or self._assembly.counts)
-
     def _watch(self, now: float) -> None:
         """See whether tokens still come."""
-        seen = sum(self._assembly.counts.values())
-        if seen != self._seen:
-            self._seen = seen
-            self._seen_at = now
-            self._suspect = False
-        elif seen and now - self._seen_at > (
-            SUSPICION if self._suspect else self._desk.settings.stall_timeout
-        ):
-            self._give_up(WorkerFailed("The worker fell silent before the answer was complete."))
+        quiet = self._silence.seconds(now, self._fresh)
+        worker, stall = self._assembly.worker, self._desk.settings.stall_timeout
+        error = WorkerFailed("The worker fell silent before the answer was complete.")
+        if self._silence.suspect:
+            if quiet > SUSPICION:
+                self._lose("interrupted", error)
+        elif quiet > PATIENCE * stall or (quiet > stall and self._search.others(worker)):
+            self._lose("stalled", error, worker)
 
-    def _ask_another(self) -> None:
-        """Leave a try behind that led to nothing, and ask somebody else."""
-        self._abandon()
-        self._renew()
-        self._asked_at = 0.0
-        self._move_on(pause=0.0)
+    # Going on after a loss
+
+    def _lose(self, reason: Loss, error: MeshError, worker: str = "") -> None:
+        """The attempt is lost, maybe by a worker to be kept away from: go on on another one."""
+        if self.over:
+            return
+        if self._losses >= self._desk.settings.resumes:
+            self._give_up(error)
+            return
+        self._losses += 1
+        self._loss = error
+        self._count(reason)
+        self._search.leave(worker, self._assembly.count)
+        self._ask_another()
+
+    def _count(self, reason: Loss) -> None:
+        self._resumed += self._assembly.count > 0
+        self._sink.resumed(reason)
+
+    def _hand_over(self) -> None:
+        """The worker offers the attempt: take it elsewhere if there is a free slot."""
+        if self._handover is not None or not self._desk.settings.resumes:
+            return
+        request = self._request
+        search = Search(self._desk.fleet, request, self._cache_key)
+        door = search.elsewhere(self._assembly.worker, request.attempt)
+        if door is not None:
+            request = msgspec.structs.replace(self._resuming(request), attempt=attempt_number())
+            self._handover = Handover(self._desk, self, self._request.attempt, request, search)
+            self._desk.spawn(self._handover.begin(door))
+
+    def moved(self, accepted: Accepted, search: Search, body: bytes) -> None:
+        """Another worker goes on; the first one is still at it."""
+        self._handover = None
+        self._desk.cancel(self._assembly.worker, self._request.attempt)
+        self._count("handed_back")
+        self._search.release()
+        self._search = search
+        self._begin_attempt(accepted.attempt)
+        self._desk.inbox.register(accepted.attempt, self)
+        self._body = body
+        self.receive(accepted)
+
+    def stays(self) -> None:
+        """Nobody else has taken it: its frames come here again."""
+        self._handover = None
+        self._desk.inbox.register(self._request.attempt, self)
 
     def interrupted(self, now: float) -> None:
         """The connection was away: what was asked may be lost, and so may any frame."""
         if self._held:
             return
-        # Counted now: what came before the interruption is no sign of life after it.
-        self._seen = sum(self._assembly.counts.values())
-        if self._seen == 0:
+        if self._fresh:
+            self._silence.interrupted(now, self._fresh)
+        else:
             self._search.begin_anew()
             self._ask_another()
-        else:
-            self._suspect = True
-            self._seen_at = now
 
     def lost(self, worker: str, why: str) -> None:
         """A worker is gone."""
         if self._assembly.worker == worker:
             if self._desk.bus.connected:
-                self._fail(WorkerFailed(f"The worker {why} before the answer was complete."))
+                error = WorkerFailed(f"The worker {why} before the answer was complete.")
+                self._lose("lost", error, worker)
             else:
                 self._fail(Unavailable("The mesh is not reachable now: NATS is away."))
         elif self._target == worker and not self._heard:
@@ -368,17 +238,6 @@ class Call:
         self._abandon()
         self._fail(error)
 
-    def _abandon(self) -> None:
-        """See to it that no worker goes on with the current attempt."""
-        if self._held:
-            return
-        attempt = self._request.attempt
-        if self._assembly.worker:
-            self._desk.cancel(self._assembly.worker, attempt)
-        else:
-            self._desk.inbox.forget(attempt, self)
-            self._desk.inbox.register(attempt, Orphan(self._desk, attempt))
-
     def _fail(self, error: MeshError) -> None:
         if not self.over:
             self._close()
@@ -387,6 +246,9 @@ class Call:
     def _close(self) -> None:
         self.over = True
         self._body = b""
+        if self._handover is not None:
+            self._handover.stop()
+            self._handover = None
         self._stop_waiting()
         self._search.release()
         self._stop_running()

@@ -51,6 +51,8 @@ def serve(
     request_timeout: _Seconds = 600.0,
     grace: Annotated[float, Parameter(validator=Number(gte=0))] = 30.0,
     ping_interval: _Seconds = 10.0,
+    stall_timeout: _Seconds = 10.0,
+    resumes: Annotated[int, Parameter(validator=Number(gte=0))] = 3,
     max_rtt: _Seconds = 80.0,
     far: bool = False,
     load_bound: Annotated[float, Parameter(validator=Number(gt=1))] = 1.75,
@@ -79,6 +81,11 @@ def serve(
         Seconds that open answers are given on SIGTERM; a second SIGTERM ends at once.
     ping_interval
         Seconds of silence after which a stream gets a comment that keeps its connection open.
+    stall_timeout
+        Seconds between two tokens of a stream after which it goes on on another worker, if there
+        is one; after six times as many it is given up.
+    resumes
+        How often an answer may go on on another worker when its own is lost; 0 switches it off.
     max_rtt
         Milliseconds of round trip beyond which a worker gets nothing while a nearer one serves.
     far
@@ -106,6 +113,8 @@ def serve(
             request_timeout=request_timeout,
             grace=grace,
             ping_interval=ping_interval,
+            stall_timeout=stall_timeout,
+            resumes=resumes,
             max_rtt=max_rtt / 1000,
             far=far,
             load_bound=load_bound,

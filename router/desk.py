@@ -1,7 +1,7 @@
 """What a call and the rest of the router need of each other."""
 
 from collections.abc import Coroutine
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from router.demand import Demand
 from router.fleet import Fleet
@@ -12,7 +12,12 @@ from shared.bus import Bus
 from shared.errors import MeshError
 from shared.protocol import Frame
 
-__all__ = ("Desk", "Sink")
+__all__ = ("Desk", "Loss", "Sink")
+
+Loss = Literal["lost", "failed", "stalled", "gap", "interrupted", "handed_back"]
+"""Why an attempt ended early. `lost`: its worker is gone. `failed`: the worker says so, as when its
+engine died. `stalled`: no token came. `gap`: a frame is missing. `interrupted`: nothing came since
+the connection to NATS was away. `handed_back`: the worker lets the model go."""
 
 
 class Sink(Protocol):
@@ -24,6 +29,10 @@ class Sink(Protocol):
 
     def fail(self, error: MeshError) -> None:
         """The call has ended without an answer."""
+        ...
+
+    def resumed(self, reason: Loss) -> None:
+        """The call's attempt was lost, or handed back; it goes on on another one."""
         ...
 
 

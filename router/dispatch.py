@@ -131,19 +131,14 @@ class Dispatcher:
         self._owned.add(task)
         task.add_done_callback(self._owned.discard)
 
-    async def place(self, request: Request, sink: Sink, part: int, cache_key: str = "") -> Call:
-        """Send a request to a worker; what becomes of it is told to the sink.
+    def call(self, request: Request, sink: Sink, part: int, cache_key: str = "") -> Call:
+        """Take a request on, for its `begin`; what becomes of it is told to the sink.
 
         `cache_key` is what the client calls its conversation; empty: nothing.
-
-        Raises:
-            MeshError: it cannot be sent at all.
         """
-        call = Call(self, request, sink, part, cache_key)
         self.placed += 1
         self.demand.requested(request.model)
-        await call.begin()
-        return call
+        return Call(self, request, sink, part, cache_key)
 
     def cancel(self, worker: str, attempt: int) -> None:
         """Tell a worker that nobody wants an attempt any more."""
@@ -211,9 +206,12 @@ class Dispatcher:
         if message.subject != subjects.beat(beat.worker):
             log.warning("beat.misnamed", subject=message.subject, worker=beat.worker)
             return
+        started = self.fleet.started(beat.worker)
         if not self.fleet.observe(beat, time.monotonic()):
             self._lose(beat.worker, "has left")
             return
+        if started is not None and started != beat.started:
+            self._lose(beat.worker, "was started anew")
         self.pings.met(beat.worker)
         if self.waiting:
             self.waiting.look(model.name for model in beat.models)

@@ -1,13 +1,15 @@
 """A request as bytes: in one message, or a head that announces a body in pieces."""
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
 
 import msgspec
 
+from shared.bus import Bus
 from shared.errors import PayloadTooLarge
 from shared.protocol import ChatInput, Chunk, Generate, Request, TextInput, encode
 
-__all__ = ("CHUNK", "chunks", "envelope")
+__all__ = ("CHUNK", "chunks", "envelope", "send_body")
 
 CHUNK = 256 * 1024
 """Larger bodies follow their head in pieces of this size, so that small messages pass between."""
@@ -36,8 +38,23 @@ def chunks(attempt: int, body: bytes) -> Iterator[bytes]:
         yield encode(Chunk(attempt, index, body[start : start + CHUNK]))
 
 
+async def send_body(
+    bus: Bus, subject: str, attempt: int, body: bytes, wanted: Callable[[], bool]
+) -> None:
+    """Send what a head announced, as long as it is wanted.
+
+    Raises:
+        BusUnavailable: it cannot be.
+    """
+    for piece in chunks(attempt, body):
+        if not wanted():
+            return
+        await bus.publish(subject, piece)
+        await asyncio.sleep(0)
+
+
 def _head(request: Request, size: int) -> Request:
     if isinstance(request, Generate):
         empty = ChatInput(()) if isinstance(request.input, ChatInput) else TextInput("")
-        return msgspec.structs.replace(request, input=empty, body_size=size)
+        return msgspec.structs.replace(request, input=empty, resume=(), body_size=size)
     return msgspec.structs.replace(request, inputs=(), body_size=size)

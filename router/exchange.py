@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 
 from router.call import Call
+from router.desk import Loss
 from router.dialects.answer import PING, Answer, Completed
 from router.dispatch import Dispatcher
 from router.explain import as_comment, explanation
@@ -114,8 +115,10 @@ class Exchange:
     async def _place(self) -> None:
         try:
             for part, request in enumerate(self._requests):
-                call = await self._dispatcher.place(request, self, part, self._cache_key)
+                call = self._dispatcher.call(request, self, part, self._cache_key)
+                # Before it begins: one that cannot be placed has something to explain, too.
                 self._calls.append(call)
+                await call.begin()
                 if self._failure is not None:
                     return
         except MeshError as error:
@@ -150,6 +153,10 @@ class Exchange:
             log.warning("request.failed", code=error.code, message=error.message)
         if self._outlet is not None and not self._outlet.parked:
             self._write_failure(self._outlet, error)
+
+    def resumed(self, reason: Loss) -> None:
+        """Count it; the client sees no more than a pause."""
+        self._metrics.resumes[reason] += 1
 
     def tick(self, now: float) -> None:
         """Show signs of life on a quiet stream; cut a client that has stopped reading."""

@@ -30,7 +30,8 @@ def explanation(
     headers: Headers = []
     if call.worker:
         headers.append((b"x-mesh-worker", call.worker.encode()))
-    headers.append((b"x-mesh-reason", call.reason.encode()))
+    if call.reason is not None:
+        headers.append((b"x-mesh-reason", call.reason.encode()))
     headers.append((b"x-mesh-candidates", b"%d" % call.candidates))
     rtt = distances.rtt(call.worker)
     if rtt is not None:

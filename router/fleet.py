@@ -122,6 +122,11 @@ class Fleet:
         """Whether this worker's beats arrive."""
         return worker in self._workers
 
+    def started(self, worker: str) -> float | None:
+        """When its process began, as it says (Unix time); None: it is not there."""
+        seen = self._workers.get(worker)
+        return None if seen is None else seen.beat.started
+
     def empty(self) -> bool:
         """Whether no worker is there at all."""
         return not self._workers

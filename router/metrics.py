@@ -69,6 +69,7 @@ class ModelMetrics:
         "prompt_tokens",
         "queue_time",
         "requests",
+        "resumes",
     )
 
     def __init__(self) -> None:
@@ -85,6 +86,8 @@ class ModelMetrics:
         """By route."""
         self.requests: defaultdict[tuple[str, int], int] = defaultdict(int)
         """By route and status."""
+        self.resumes: defaultdict[str, int] = defaultdict(int)
+        """By reason."""
 
     def ended(self, route: str, status: int, seconds: float) -> None:
         """Count a request that is over."""
@@ -182,7 +185,14 @@ class Metrics(Collector):
         accepted = CounterMetricFamily(
             "mesh_accepted_tokens", "Drafted tokens that became part of answers", labels=["model"]
         )
+        resumes = CounterMetricFamily(
+            "mesh_resumes",
+            "Requests that went on on another attempt, by what ended the one before",
+            labels=["model", "reason"],
+        )
         for name, model in self._models.items():
+            for reason, count in model.resumes.items():
+                resumes.add_metric([name, reason], count)
             cached.add_metric([name], model.cached_tokens)
             drafted.add_metric([name], model.drafted_tokens)
             accepted.add_metric([name], model.accepted_tokens)
@@ -191,7 +201,7 @@ class Metrics(Collector):
             tokens.add_metric([name, "prompt"], model.prompt_tokens)
             tokens.add_metric([name, "cached"], model.cached_tokens)
             tokens.add_metric([name, "completion"], model.completion_tokens)
-        return requests, tokens, cached, drafted, accepted
+        return requests, tokens, cached, drafted, accepted, resumes
 
     def _distributions(self) -> Iterable[Metric]:
         first_token = HistogramMetricFamily(

@@ -12,7 +12,7 @@ from router.conversation import conversation_key, has_begun, rough_tokens
 from router.fleet import Fleet
 from shared import subjects
 from shared.protocol import Accepted, Busy, Generate, Request
-from shared.routing import Pool, Reason
+from shared.routing import Choice, Pool, Reason
 
 __all__ = ("STALE_INTEREST", "Door", "Search", "Why")
 
@@ -43,8 +43,10 @@ class Search:
         "_cache_key",
         "_fleet",
         "_group_tries",
+        "_grown",
         "_hoped",
         "_key",
+        "_left",
         "_model",
         "_passes",
         "_pool",
@@ -53,6 +55,7 @@ class Search:
         "_slots",
         "_taken",
         "_tokens",
+        "_wary",
         "busy",
         "candidates",
         "reason",
@@ -66,17 +69,21 @@ class Search:
         self._cache_key = cache_key
         self._key: int | None = None
         self._tokens = 0
+        self._grown = 0
         self._begun = False
         self._hoped = False
         self._passes = 0
         self._slots = request.n if isinstance(request, Generate) else 1
         self._refused: set[str] = set()
+        self._left = ""
+        self._wary = False
         self._group_tries = 0
         self._pool: Pool | None = None
         self._taken = ""
         self.busy: list[float] = []
         """Seconds after which those who are full want to be asked again."""
-        self.reason: Why = "queue_group"
+        self.reason: Why | None = None
+        """Why it was asked where it was asked last; None: nowhere yet."""
         self.candidates = 0
 
     def next(self, draw: int) -> Door | None:
@@ -84,27 +91,55 @@ class Search:
         self.release()
         pool = self._fleet.pool(self._model)
         if pool is None:
-            return self._ask_group() if self._group_tries < GROUP_TRIES else None
+            return self._ask_group() if self._may_ask_group else None
         candidates = self.candidates = pool.candidates
-        open_to_all = pool.all_eligible
+        open_to_all = pool.all_eligible and not self._wary
         if open_to_all and not self._group_tries and (candidates == 1 or not pool.free):
             return self._ask_group()
-        if candidates > 1 and self._request is not None:
-            request, self._request = self._request, None
-            self._key = conversation_key(request, self._cache_key)
-            self._tokens = rough_tokens(request) if pool.contexts_differ else 0
-            self._begun = has_begun(request)
-        choice = pool.choose(
-            self._key, tokens=self._tokens, refused=self._refused, draw=draw, begun=self._begun
-        )
+        choice = self._choose(pool, draw, self._left)
+        if choice is None and self._left and not self.busy:
+            # Nobody else is there.
+            self._left = ""
+            choice = self._choose(pool, draw)
         if choice is not None:
             self.reason = choice.reason
             self._hoped = candidates > 1 and pool.has_room(choice.worker)
             self.take(choice.worker)
             return Door(_door(self._model, choice.worker), choice.worker)
-        if open_to_all and not self.busy and self._group_tries < GROUP_TRIES:
+        if open_to_all and not self.busy and self._may_ask_group:
             return self._ask_group()
         return None
+
+    def elsewhere(self, worker: str, draw: int) -> Door | None:
+        """The door of another than this worker that is thought to have a free slot."""
+        self.release()
+        pool = self._fleet.pool(self._model)
+        choice = self._choose(pool, draw, worker) if pool is not None else None
+        if pool is None or choice is None or not pool.has_room(choice.worker):
+            return None
+        self.candidates, self.reason = pool.candidates, choice.reason
+        self.take(choice.worker)
+        return Door(_door(self._model, choice.worker), choice.worker)
+
+    def others(self, worker: str) -> bool:
+        """Whether another than this worker serves the model near enough."""
+        pool = self._fleet.pool(self._model)
+        return pool is not None and any(name != worker for name in pool.eligible)
+
+    def _choose(self, pool: Pool, draw: int, left: str = "") -> Choice | None:
+        if pool.candidates > 1 and self._request is not None:
+            request, self._request = self._request, None
+            self._key = conversation_key(request, self._cache_key)
+            self._tokens = rough_tokens(request) if pool.contexts_differ else 0
+            self._begun = has_begun(request)
+        refused = self._refused | {left} if left else self._refused
+        tokens = self._tokens + self._grown if self._tokens else 0
+        return pool.choose(self._key, tokens=tokens, refused=refused, draw=draw, begun=self._begun)
+
+    @property
+    def _may_ask_group(self) -> bool:
+        # It may still have one that hangs, and has lost this very request, for a member.
+        return self._group_tries < GROUP_TRIES and not self._wary
 
     def _ask_group(self) -> Door:
         self._group_tries += 1
@@ -154,8 +189,21 @@ class Search:
                 self.release()
                 pool.full(busy.worker)
 
+    def leave(self, worker: str, grown: int) -> None:
+        """The request was lost: it is asked anew, here only if nobody else is there.
+
+        Args:
+            worker: who lost it; empty: nobody to be kept away from.
+            grown: tokens by which it is longer than it was at first.
+        """
+        self.begin_anew()
+        self._left = worker
+        self._wary = self._wary or bool(worker)
+        self._grown = grown
+
     def begin_anew(self) -> None:
         """What has been learnt of the workers counts no more."""
+        self._left = ""
         self._group_tries = 0
         self._refused.clear()
         self.busy.clear()

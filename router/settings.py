@@ -25,8 +25,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """A stream that has nothing to say says so this often."""
     accept_timeout: float = 10.0
     """How long a worker may take to say that it has a request."""
-    stall_timeout: float = 60.0
-    """How long a worker may fall silent between two tokens."""
+    stall_timeout: float = 10.0
+    """How long a worker may fall silent between two tokens while another could go on."""
+    resumes: int = 3
+    """How often an answer whose attempt is lost may go on on another one; 0: never."""
     reader_timeout: float = 60.0
     """How long a client may leave a full connection unread."""
     max_rtt: float = CAP

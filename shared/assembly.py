@@ -1,14 +1,16 @@
-"""Noticing frames that are lost, doubled, late or out of order.
+"""Noticing frames that are lost, doubled, late or out of order, and keeping what has come.
 
 Core NATS is at most once and promises order on one path only, so an answer counts as whole only if
-its token indices are contiguous and its `Done` frames name the counts that were seen.
+its token indices are contiguous and its `Done` frames name the counts that were seen. What was
+taken of an attempt that is lost is where the next one goes on.
 """
 
+from array import array
 from typing import Literal
 
 import msgspec
 
-from shared.protocol import Accepted, Busy, Delta, Done, EmbedResult, End, Fail, Frame
+from shared.protocol import Accepted, Busy, Delta, Done, EmbedResult, End, Fail, Frame, Resumed
 
 __all__ = ("Assembly", "Verdict")
 
@@ -23,9 +25,36 @@ class Assembly(msgspec.Struct):
     attempt: int
     choices: int = 1
     worker: str = ""
-    counts: dict[int, int] = {}
+    tokens: "list[array[int]]" = []
+    """By choice, those of earlier attempts included; four bytes each, for thousands of answers are
+    kept at once."""
     done: set[int] = set()
+    tails: set[int] = set()
+    """Choices of which the text after their last token has come."""
     ended: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            self.tokens = [array("i") for _ in range(self.choices)]
+
+    def again(self, attempt: int) -> "Assembly":
+        """The same answer on another attempt; this one must not be used any more."""
+        return Assembly(attempt, self.choices, tokens=self.tokens, done=self.done, tails=self.tails)
+
+    @property
+    def count(self) -> int:
+        """Tokens seen, of all choices and attempts."""
+        return sum(map(len, self.tokens))
+
+    @property
+    def resume(self) -> tuple[Resumed, ...]:
+        """What another attempt has to know; empty: nothing has come."""
+        if not self.done and not any(self.tokens):
+            return ()
+        return tuple(
+            Resumed(done=len(tokens)) if choice in self.done else Resumed(tuple(tokens))
+            for choice, tokens in enumerate(self.tokens)
+        )
 
     def check(self, frame: Frame) -> Verdict:
         """Judge a frame and, if it is taken, advance."""
@@ -48,18 +77,26 @@ class Assembly(msgspec.Struct):
 
     def _delta(self, frame: Delta) -> Verdict:
         choice = frame.choice
-        expected = self.counts.get(choice, 0)
+        if not 0 <= choice < self.choices:
+            return "gap"
+        seen = self.tokens[choice]
+        expected = len(seen)
         if frame.first < expected or choice in self.done:
             return "drop"
         if frame.first > expected:
             return "gap"
-        self.counts[choice] = expected + len(frame.tokens)
+        if frame.tokens:
+            seen.extend(frame.tokens)
+        elif choice in self.tails:
+            return "drop"
+        else:
+            self.tails.add(choice)
         return "take"
 
     def _done(self, frame: Done) -> Verdict:
         if frame.choice in self.done:
             return "drop"
-        if frame.count != self.counts.get(frame.choice, 0):
+        if not 0 <= frame.choice < self.choices or frame.count != len(self.tokens[frame.choice]):
             return "gap"
         self.done.add(frame.choice)
         return "take"

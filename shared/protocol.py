@@ -31,8 +31,10 @@ __all__ = (
     "Fail",
     "Frame",
     "Generate",
+    "Handback",
     "Message",
     "Request",
+    "Resumed",
     "Sampling",
     "TextInput",
     "Timings",
@@ -135,6 +137,20 @@ class Constraint(msgspec.Struct, frozen=True):
     """The field of the request that asked for it, which an error names."""
 
 
+class Resumed(msgspec.Struct, frozen=True, array_like=True):
+    """What earlier attempts brought of one choice, text and all, to its router.
+
+    The worker takes the tokens as if it had drawn them, tells nothing of them, and goes on at the
+    next index. What the earlier worker had sampled but held back (part of a character, of a stop
+    string, of a tool call) follows from the tokens, and comes with those that complete it.
+    """
+
+    tokens: tuple[int, ...] = ()
+    """Empty for a choice that is done."""
+    done: int = -1
+    """Tokens of the choice, if its `Done` has come; else -1."""
+
+
 class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
     """One generation request, free of any dialect."""
 
@@ -161,6 +177,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
     traceparent: str = ""
     body_size: int = 0
     """Set only in the head of a request whose body follows in chunks: its bytes in all."""
+    resume: tuple[Resumed, ...] = ()
+    """Empty at first; else one a choice."""
 
 
 class Embed(msgspec.Struct, frozen=True, tag="embed", omit_defaults=True):
@@ -236,7 +254,8 @@ class Delta(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="d"):
 
     `first` is the index of `tokens[0]` in the choice's output. Text may lag behind tokens (a
     character or a stop string may span them), so `text` can be empty, and is empty while a tool
-    call is being written.
+    call is being written. What the tokens make certain comes with them; what only the end of the
+    answer makes certain comes in one more frame, without tokens, before `Done`.
     """
 
     attempt: int
@@ -270,11 +289,15 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Timings(msgspec.Struct, frozen=True, array_like=True):
-    """Milliseconds on the worker."""
+    """Milliseconds on the worker; of a resumed answer, on the worker that ended it."""
 
     queue_ms: float
     prefill_ms: float
     decode_ms: float
+    replayed: int = 0
+    """Tokens of the answer that earlier attempts had brought, in which no time of these went."""
+    resumed: int = 0
+    """How often the answer went on on another attempt; told by the router."""
 
 
 class End(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="e"):
@@ -301,15 +324,26 @@ class Fail(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="f"):
     message: str
     param: str | None = None
     retry_after: int | None = None
+    lost: bool = False
+    """Nothing is wrong with the request: another attempt may bring it to its end."""
 
 
-Frame = Accepted | Busy | Delta | Done | End | EmbedResult | Fail
+class Handback(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="h"):
+    """The worker lets the model go: the router may take the attempt elsewhere, and cancel it here.
+
+    An offer, made again every second: until it is taken the attempt goes on as if nothing were.
+    """
+
+    attempt: int
+
+
+Frame = Accepted | Busy | Delta | Done | End | EmbedResult | Fail | Handback
 
 
 _encoder = msgspec.msgpack.Encoder()
 _request: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Generate | Embed)
 _frames = msgspec.msgpack.Decoder(
-    tuple[Accepted | Busy | Delta | Done | End | EmbedResult | Fail, ...]
+    tuple[Accepted | Busy | Delta | Done | End | EmbedResult | Fail | Handback, ...]
 )
 _cancel = msgspec.msgpack.Decoder(Cancel)
 _chunk = msgspec.msgpack.Decoder(Chunk)

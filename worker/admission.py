@@ -79,6 +79,11 @@ class Admission:
         """Attempts that wait."""
         return len(self._waiting)
 
+    @property
+    def tickets(self) -> tuple[Ticket, ...]:
+        """Of all that is in: what runs, then what waits."""
+        return (*self._running.values(), *self._waiting.values())
+
     def ticket(self, attempt: int) -> Ticket | None:
         """The ticket of an attempt that is in."""
         return self._running.get(attempt) or self._waiting.get(attempt)
@@ -130,7 +135,7 @@ class Admission:
 
     def clear(self, now: float) -> tuple[Ticket, ...]:
         """Release everything at once, as when the engine died; returns what was in."""
-        lost = (*self._running.values(), *self._waiting.values())
+        lost = self.tickets
         self._running.clear()
         self._waiting.clear()
         self._used = 0

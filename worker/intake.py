@@ -64,8 +64,11 @@ def read_request(
 
 
 def weight(request: Request) -> int:
-    """Slots a request takes: one a choice."""
-    return max(1, request.n) if isinstance(request, Generate) else 1
+    """Slots a request takes: one a choice that is not done."""
+    if not isinstance(request, Generate):
+        return 1
+    done = sum(before.done >= 0 for before in request.resume)
+    return max(1, request.n - done)
 
 
 def _version_rejected(data: bytes, version: str) -> Rejected:

@@ -14,7 +14,7 @@ import structlog
 
 from shared.bus import Bus, BusUnavailable
 from shared.errors import PayloadTooLarge
-from shared.protocol import Fail, Frame, decode_frames, encode
+from shared.protocol import Fail, Frame, Handback, decode_frames, encode
 
 __all__ = ("Replies",)
 
@@ -104,4 +104,7 @@ class Replies:
         except msgspec.DecodeError as error:
             _log.error("frames.unreadable", error=str(error))
             return
-        self._on_undelivered(tuple({frame.attempt for frame in frames}))
+        # Who was not told that he may take an attempt has lost nothing of it.
+        self._on_undelivered(
+            tuple({frame.attempt for frame in frames if not isinstance(frame, Handback)})
+        )

@@ -16,7 +16,7 @@ import structlog
 
 from shared.bus import Bus, BusMessage
 from shared.presence import ModelState
-from shared.protocol import VERSION, Accepted, Busy, Fail, Request
+from shared.protocol import VERSION, Accepted, Busy, Fail, Handback, Request
 from worker.admission import Admission, Admitted, Dropped, Ticket
 from worker.body import Bodies, Body, BodyError, Full
 from worker.catalog import ModelSource
@@ -28,9 +28,13 @@ from worker.intake import VERSION_HEADER, Rejected, read_request, weight
 from worker.link import EngineStats, Ready, Step, Submit
 from worker.memory_budget import MemoryBudget, NotEnoughMemory
 from worker.preparing import ServingSettings, prepare
+from worker.rate import Rate
 from worker.replies import Replies
 
 __all__ = ("Serving", "Surroundings")
+
+HANDBACK_SECONDS = 1.0
+"""Between two offers to take an attempt elsewhere: a worker that could may come at any time."""
 
 State = Literal["loading", "ready", "draining", "failed"]
 
@@ -86,7 +90,8 @@ class Serving:
         self._state: State = "loading"
         self._since = time.time()
         self._moved = asyncio.Event()
-        self._rate = _Rate()
+        self._draining = asyncio.Event()
+        self._rate = Rate()
         self._log = _log.bind(model=source.name)
 
     @property
@@ -114,8 +119,10 @@ class Serving:
         try:
             async with asyncio.TaskGroup() as group:
                 doors = group.create_task(self._doors.run(), name=f"doors {self.name}")
+                offers = group.create_task(self._offer(), name=f"offers {self.name}")
                 await self._serve()
                 doors.cancel()
+                offers.cancel()
         finally:
             await self._doors.close()
 
@@ -194,7 +201,8 @@ class Serving:
     def drop_body(self, body: Body, code: str, message: str) -> None:
         """The body of an admitted request will not come, or is of no use."""
         if self._release(body.attempt) is not None:
-            self._fail(body.reply, body.attempt, code, message)
+            lost = code == "worker_failed"
+            self._fail(body.reply, body.attempt, code, message, lost=lost)
 
     def cancel(self, attempts: Sequence[int]) -> None:
         """The clients of these attempts have left, or cannot be reached."""
@@ -211,9 +219,21 @@ class Serving:
             self._engine.cancel(tuple(running))
 
     def drain(self) -> None:
-        """Take nothing new."""
+        """Take nothing new, and offer what is in to other workers."""
         self._admission.draining = True
+        self._draining.set()
         self._doors.poke()
+
+    async def _offer(self) -> None:
+        """While draining, tell routers that they may take their attempts elsewhere.
+
+        Only an offer: where nobody else serves the model, or has a slot free, they stay here.
+        """
+        await self._draining.wait()
+        while True:
+            for ticket in self._admission.tickets:
+                self._around.replies.say(ticket.reply, Handback(ticket.attempt))
+            await asyncio.sleep(HANDBACK_SECONDS)
 
     async def idle(self) -> None:
         """Return when nothing runs or waits."""
@@ -222,11 +242,11 @@ class Serving:
             await self._moved.wait()
 
     def abandon(self, reason: str) -> None:
-        """Fail all that is still in."""
+        """Fail all that is still in; it may go on on another worker."""
         lost = self._admission.clear(time.monotonic())
         self._around.bodies.close_model(self.name)
         for ticket in lost:
-            self._fail(ticket.reply, ticket.attempt, "worker_failed", reason)
+            self._fail(ticket.reply, ticket.attempt, "worker_failed", reason, lost=True)
         if lost and self._engine is not None:
             self._engine.cancel(tuple(ticket.attempt for ticket in lost))
         self._moved.set()
@@ -363,8 +383,10 @@ class Serving:
         worker = self._around.bus.identity
         self._around.replies.say(reply, Busy(request.attempt, worker, retry_after, reason))
 
-    def _fail(self, reply: str, attempt: int, code: str, message: str) -> None:
-        self._around.replies.say(reply, Fail(attempt, code, message))
+    def _fail(
+        self, reply: str, attempt: int, code: str, message: str, *, lost: bool = False
+    ) -> None:
+        self._around.replies.say(reply, Fail(attempt, code, message, lost=lost))
 
     def _note(self, detail: str) -> None:
         # Maybe from a download's thread: a str is replaced in one piece, and a later beat tells it.
@@ -373,21 +395,3 @@ class Serving:
     def _tell(self, detail: str) -> None:
         self._note(detail)
         self._around.on_change()
-
-
-class _Rate:
-    """Tokens per second from a counter that starts anew with each engine."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._at = 0.0
-        self._value = 0.0
-
-    def of(self, count: int, now: float) -> float:
-        passed = now - self._at
-        if count < self._count or not self._at:
-            self._count, self._at, self._value = count, now, 0.0
-        elif passed >= 0.4:
-            self._value = (self._value + (count - self._count) / passed) / 2
-            self._count, self._at = count, now
-        return self._value

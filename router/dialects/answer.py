@@ -75,6 +75,8 @@ class TimingsObject(msgspec.Struct, frozen=True):
     """Tokens drafted and verified, as llama-server calls it; only where there were any."""
     draft_n_accepted: int | UnsetType = UNSET
     """Those of them that are part of the answer."""
+    resumed: int | UnsetType = UNSET
+    """How often the answer went on on another worker; only where it did."""
 
 
 class Answer(Protocol):
@@ -127,8 +129,9 @@ def usage_object(usage: Usage) -> UsageObject:
 
 
 def timings_object(timings: Timings, usage: Usage) -> TimingsObject:
-    """Times in milliseconds, rounded; drafts only where there were any."""
-    rate = usage.completion * 1000 / timings.decode_ms if timings.decode_ms > 0 else 0.0
+    """Times in milliseconds, rounded; drafts and resumes only where there were any."""
+    timed = usage.completion - timings.replayed
+    rate = timed * 1000 / timings.decode_ms if timings.decode_ms > 0 else 0.0
     return TimingsObject(
         queue_ms=round(timings.queue_ms, 3),
         prefill_ms=round(timings.prefill_ms, 3),
@@ -136,6 +139,7 @@ def timings_object(timings: Timings, usage: Usage) -> TimingsObject:
         tokens_per_second=round(rate, 2),
         draft_n=usage.drafted if usage.drafted else UNSET,
         draft_n_accepted=usage.accepted if usage.drafted else UNSET,
+        resumed=timings.resumed or UNSET,
     )
 
 
@@ -157,6 +161,8 @@ def add_timings(ends: list[Completed]) -> Timings:
         queue_ms=max((t.queue_ms for t in timings), default=0.0),
         prefill_ms=max((t.prefill_ms for t in timings), default=0.0),
         decode_ms=max((t.decode_ms for t in timings), default=0.0),
+        replayed=sum(t.replayed for t in timings),
+        resumed=sum(t.resumed for t in timings),
     )
 
 

@@ -21,6 +21,7 @@ from shared.protocol import (
     Fail,
     Frame,
     Generate,
+    Handback,
     Request,
     Timings,
     TokenInput,
@@ -40,12 +41,17 @@ class Job:
 
     def __init__(self, worker: "ScriptedWorker", request: Request, reply: str, door: str) -> None:
         self.worker = worker
-        self.request = request
+        self.take(request)
         self.reply = reply
         self.door = door
         self.attempt = request.attempt
         self.cancelled = asyncio.Event()
-        self._counts: dict[int, int] = {}
+
+    def take(self, request: Request) -> None:
+        """Answer this; what other attempts brought of it is there already."""
+        self.request = request
+        before = request.resume if isinstance(request, Generate) else ()
+        self._counts = {i: max(b.done, len(b.tokens)) for i, b in enumerate(before)}
 
     @property
     def prompt(self) -> str:
@@ -64,7 +70,7 @@ class Job:
     def delta(self, text: str = "", choice: int = 0, tokens: int = 1, **more: Any) -> Delta:
         first = self._counts.get(choice, 0)
         self._counts[choice] = first + tokens
-        return Delta(self.attempt, choice, first, tuple(range(tokens)), text, **more)
+        return Delta(self.attempt, choice, first, tuple(range(first, first + tokens)), text, **more)
 
     def done(self, choice: int = 0, reason: Any = "stop") -> Done:
         return Done(self.attempt, choice, self._counts.get(choice, 0), reason)
@@ -82,6 +88,9 @@ class Job:
 
     def busy(self, reason: str = "full", retry_after: float = 3.2) -> Busy:
         return Busy(self.attempt, self.worker.name, retry_after, reason)
+
+    def handback(self) -> Handback:
+        return Handback(self.attempt)
 
     def vectors(self, *vectors: bytes) -> EmbedResult:
         return EmbedResult(self.attempt, vectors, Usage(5, 0))
@@ -176,7 +185,9 @@ class ScriptedWorker:
         self.group = group
         return group
 
-    async def beat(self, state: Any = "ready", model_state: Any = None) -> None:
+    async def beat(
+        self, state: Any = "ready", model_state: Any = None, *, started: float = 1.0
+    ) -> None:
         self._sequence += 1
         model = self.state
         if model_state:
@@ -184,7 +195,7 @@ class ScriptedWorker:
         await self.bus.publish(
             subjects.beat(self.name),
             encode_beat(
-                Beat(self.name, state, self._sequence, (model,), started=1.0, able=self.able)
+                Beat(self.name, state, self._sequence, (model,), started=started, able=self.able)
             ),
         )
 
@@ -232,7 +243,7 @@ class ScriptedWorker:
         body = b"".join(pieces)
         if len(body) == job.request.body_size:
             del self._bodies[chunk.attempt]
-            job.request = decode_request(body)
+            job.take(decode_request(body))
             self._start(job)
 
     def _start(self, job: Job) -> None:

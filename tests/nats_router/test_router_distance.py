@@ -159,6 +159,10 @@ async def test_alone_beyond_the_cap_a_worker_is_refused(near_router, far_worker,
 
     assert answer.status_code == 503
     assert "80 ms" in answer.json()["error"]["message"]
+    # It failed on its first placing, and tells what there is to tell: nobody was asked.
+    assert answer.headers["x-mesh-candidates"] == "0"
+    assert "x-mesh-queue-ms" in answer.headers
+    assert "x-mesh-reason" not in answer.headers
 
 
 async def test_alone_beyond_the_cap_a_worker_is_used_if_configured(

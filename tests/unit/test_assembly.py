@@ -19,6 +19,7 @@ from shared.protocol import (
     End,
     Fail,
     Frame,
+    Resumed,
     Timings,
     Usage,
 )
@@ -32,6 +33,8 @@ class Outcome(msgspec.Struct):
     tokens: dict[int, list[int]]
     gap: bool
     complete: bool
+    tails: int = 0
+    """How often text came without tokens."""
 
 
 @st.composite
@@ -46,6 +49,8 @@ def answers(draw: Any) -> list[Frame]:
         for piece in pieces:
             stream.append(Delta(ATTEMPT, choice, count, tuple(piece)))
             count += len(piece)
+        if draw(st.booleans()):
+            stream.append(Delta(ATTEMPT, choice, count, (), "the end"))
         stream.append(Done(ATTEMPT, choice, count, "stop"))
         streams.append(stream)
     order = [choice for choice, stream in enumerate(streams) for _ in stream]
@@ -81,7 +86,11 @@ def tokens_of(frames: list[Frame]) -> dict[int, list[int]]:
     for frame in frames:
         if isinstance(frame, Delta):
             tokens[frame.choice] += frame.tokens
-    return dict(tokens)
+    return {choice: found for choice, found in tokens.items() if found}
+
+
+def tails_of(frames: list[Frame]) -> int:
+    return sum(isinstance(frame, Delta) and not frame.tokens for frame in frames)
 
 
 def choices_of(frames: list[Frame]) -> int:
@@ -95,17 +104,19 @@ def receive(frames: list[Frame], choices: int) -> Outcome:
     for frame in frames:
         verdict = assembly.check(frame)
         if verdict == "gap":
-            return Outcome(tokens_of(taken), gap=True, complete=False)
+            return Outcome(tokens_of(taken), True, False, tails_of(taken))
         if verdict == "take":
             taken.append(frame)
     complete = any(isinstance(frame, End) for frame in taken)
     assert complete == assembly.ended
-    return Outcome(tokens_of(taken), gap=False, complete=complete)
+    return Outcome(tokens_of(taken), False, complete, tails_of(taken))
 
 
 @given(answers())
 def test_an_undisturbed_answer_is_taken_whole(frames: list[Frame]) -> None:
-    assert receive(frames, choices_of(frames)) == Outcome(tokens_of(frames), False, True)
+    assert receive(frames, choices_of(frames)) == Outcome(
+        tokens_of(frames), False, True, tails_of(frames)
+    )
 
 
 @given(st.data())
@@ -122,8 +133,8 @@ def test_a_disturbed_answer_is_whole_or_is_not_taken_for_whole(data: Any) -> Non
 
 @given(st.data())
 def test_a_lost_token_frame_is_always_noticed(data: Any) -> None:
-    frames = data.draw(answers().filter(lambda frames: any(isinstance(f, Delta) for f in frames)))
-    deltas = [index for index, frame in enumerate(frames) if isinstance(frame, Delta)]
+    frames = data.draw(answers().filter(lambda frames: bool(tokens_of(frames))))
+    deltas = [i for i, frame in enumerate(frames) if isinstance(frame, Delta) and frame.tokens]
     lost = data.draw(st.sampled_from(deltas))
     assert receive(frames[:lost] + frames[lost + 1 :], choices_of(frames)).gap
 
@@ -133,14 +144,18 @@ def test_doubled_frames_change_nothing(data: Any) -> None:
     frames = data.draw(answers())
     twice = [copy for frame in frames for copy in (frame, frame)]
     late = twice + data.draw(st.lists(st.sampled_from(frames)))
-    assert receive(late, choices_of(frames)) == Outcome(tokens_of(frames), False, True)
+    assert receive(late, choices_of(frames)) == Outcome(
+        tokens_of(frames), False, True, tails_of(frames)
+    )
 
 
 @given(answers())
 def test_frames_of_another_attempt_are_dropped(frames: list[Frame]) -> None:
     foreign = [msgspec.structs.replace(frame, attempt=OTHER) for frame in frames]
     mixed = [copy for pair in zip(foreign, frames, strict=True) for copy in pair]
-    assert receive(mixed, choices_of(frames)) == Outcome(tokens_of(frames), False, True)
+    assert receive(mixed, choices_of(frames)) == Outcome(
+        tokens_of(frames), False, True, tails_of(frames)
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,5 +185,68 @@ def test_two_assemblies_share_nothing() -> None:
     one, other = Assembly(1), Assembly(2)
     one.check(Delta(1, 0, 0, (5,)))
     one.check(Done(1, 0, 1, "stop"))
-    assert other.counts == {}
+    assert other.count == 0
     assert other.done == set()
+
+
+@given(st.data())
+def test_an_answer_that_goes_on_on_another_attempt_is_taken_once(data: Any) -> None:
+    frames = data.draw(answers())
+    choices = choices_of(frames)
+    cut = data.draw(st.integers(0, len(frames)))
+    assembly = Assembly(ATTEMPT, choices)
+    taken = [frame for frame in frames[:cut] if assembly.check(frame) == "take"]
+    before = tokens_of(taken)
+    if assembly.ended:
+        return
+    resume = assembly.resume
+    assert (resume == ()) == (not any(isinstance(f, Delta | Done) and _told(f) for f in taken))
+    for choice, known in enumerate(resume):
+        came = before.get(choice, [])
+        assert known == (Resumed(done=len(came)) if known.done >= 0 else Resumed(tuple(came)))
+
+    again = assembly.again(OTHER)
+    # the worker goes on behind what came, and tells the text at the end anew
+    late = data.draw(st.lists(st.sampled_from(frames)))
+    for frame in [*late, *_rest(frames, before, again.done), *late]:
+        assert again.check(frame) != "gap"
+
+    assert again.ended
+    assert {choice: list(tokens) for choice, tokens in enumerate(again.tokens) if tokens} == (
+        tokens_of(frames)
+    )
+
+
+def _told(frame: Delta | Done) -> bool:
+    return isinstance(frame, Done) or bool(frame.tokens)
+
+
+def _rest(frames: list[Frame], before: dict[int, list[int]], done: set[int]) -> list[Frame]:
+    """What another worker tells: all behind the tokens that came."""
+    rest: list[Frame] = []
+    for frame in frames:
+        if isinstance(frame, Delta | Done) and frame.choice in done:
+            continue
+        came = before.get(frame.choice, []) if isinstance(frame, Delta) else []
+        if isinstance(frame, Delta) and frame.tokens and frame.first < len(came):
+            continue
+        rest.append(msgspec.structs.replace(frame, attempt=OTHER))
+    return rest
+
+
+def test_the_text_at_the_end_comes_once_whatever_comes_twice() -> None:
+    tail = Delta(ATTEMPT, 0, 1, (), "held back")
+    assembly = Assembly(ATTEMPT)
+    assert assembly.check(Delta(ATTEMPT, 0, 0, (7,))) == "take"
+    assert assembly.check(tail) == "take"
+    assert assembly.check(tail) == "drop"
+    again = assembly.again(OTHER)
+    assert again.check(msgspec.structs.replace(tail, attempt=OTHER)) == "drop"
+    assert again.check(Done(OTHER, 0, 1, "stop")) == "take"
+
+
+@pytest.mark.parametrize("choice", [-1, 2])
+def test_a_choice_that_was_not_asked_for_is_a_gap(choice: int) -> None:
+    assembly = Assembly(ATTEMPT, 2)
+    assert assembly.check(Delta(ATTEMPT, choice, 0, (1,))) == "gap"
+    assert assembly.check(Done(ATTEMPT, choice, 0, "stop")) == "gap"

@@ -3,7 +3,14 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.engine.scheduler import LEAST_PREFILL, OLDEST_SHARE, Pace, plan
+from worker.engine.scheduler import (
+    LEAST_PREFILL,
+    OLDEST_SHARE,
+    REPLAY_ROWS,
+    Pace,
+    plan,
+    stretch,
+)
 
 remaining = st.lists(st.integers(1, 5000), min_size=1, max_size=40)
 
@@ -96,3 +103,22 @@ def test_the_oldest_prefill_gets_its_share(left, budget):
 def test_a_short_prompt_does_not_wait_for_a_long_one():
     assert plan([1, 1, 1500, 20, 1400], 2 + 60) == [1, 1, 40, 20, 0]
     assert plan([1, 1500, 1400, 30], 1 + 40) == [1, 20, 0, 20]
+
+
+@given(st.integers(1, 600), st.integers(0, 600))
+def test_a_resumed_answer_is_computed_in_pieces_of_several_rows(prompt, replayed):
+    cached, pieces = 0, []
+    while cached < prompt + replayed:
+        pieces.append(stretch(cached, prompt, prompt + replayed))
+        cached += pieces[-1]
+
+    assert pieces[0] == prompt
+    assert sum(pieces[1:]) == replayed
+    assert replayed == 1 or all(2 <= rows <= REPLAY_ROWS for rows in pieces[1:])
+
+
+def test_no_row_of_a_replay_is_left_over():
+    assert stretch(10, 10, 10 + 63) == 63
+    assert stretch(10, 10, 10 + 64) == 62
+    assert stretch(10 + 62, 10, 10 + 64) == 2
+    assert stretch(10, 10, 10 + 65) == 63

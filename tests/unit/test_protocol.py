@@ -18,6 +18,7 @@ _FRAMES = (
     protocol.End,
     protocol.EmbedResult,
     protocol.Fail,
+    protocol.Handback,
 )
 _STRUCTS = [
     value

@@ -12,6 +12,7 @@ from shared.protocol import (
     Embed,
     Fail,
     Generate,
+    Resumed,
     Sampling,
     TextInput,
     encode,
@@ -72,4 +73,7 @@ def test_weights():
     assert weight(REQUEST) == 1
     assert weight(msgspec.structs.replace(REQUEST, n=4)) == 4
     assert weight(msgspec.structs.replace(REQUEST, n=-3)) == 1
+    resumed = (Resumed((1,)), Resumed(done=3), Resumed())
+    assert weight(msgspec.structs.replace(REQUEST, n=3, resume=resumed)) == 2
+    assert weight(msgspec.structs.replace(REQUEST, resume=(Resumed(done=3),))) == 1
     assert weight(Embed("id", 5, "m", (TextInput("a"), TextInput("b")), 1.0)) == 1

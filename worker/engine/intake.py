@@ -18,14 +18,16 @@ from shared.protocol import (
     Constraint,
     Embed,
     Generate,
+    Resumed,
     TextInput,
     TokenInput,
     decode_request,
 )
 from worker.engine.constraint import ConstraintCompiler, Matcher
 from worker.engine.embedding import EmbedJob
+from worker.engine.job import Job
 from worker.engine.llama import Model
-from worker.engine.sequence import Job, Sequence
+from worker.engine.sequence import Sequence
 from worker.engine.template import FALLBACK_TEMPLATE, ChatTemplate
 from worker.engine.tools import (
     ReasoningParser,
@@ -162,19 +164,24 @@ class Intake:
             constraint = (
                 tool_constraint(self._family, source.tools, source.tool_choice) or constraint
             )
-        for choice in range(request.n):
-            job.sequences.append(
-                Sequence(
-                    job,
-                    choice,
-                    limit=limit,
-                    pieces=self._special_pieces if tools else self._pieces,
-                    matcher=self._matcher(constraint),
-                    tools=self._tool_parser(source, request, choice) if tools else None,
-                    reasoning=ReasoningParser(opened=opened) if self._reasons(source) else None,
-                )
+        for choice, before in enumerate(_resumed(request)):
+            if before.done >= 0:
+                job.completion += before.done
+                continue
+            sequence = Sequence(
+                job,
+                choice,
+                limit=limit,
+                pieces=self._special_pieces if tools else self._pieces,
+                matcher=self._matcher(constraint),
+                tools=self._tool_parser(source, request, choice) if tools else None,
+                reasoning=ReasoningParser(opened=opened) if self._reasons(source) else None,
             )
-        job.open = request.n
+            if before.tokens:
+                sequence.replay(before.tokens)
+            job.sequences.append(sequence)
+        job.replayed = job.completion
+        job.open = len(job.sequences)
         return job
 
     def _matcher(self, constraint: Constraint | None) -> Matcher | None:
@@ -222,3 +229,15 @@ class Intake:
                     param="input",
                 )
         return EmbedJob(request, message.reply, message.received, inputs)
+
+
+def _resumed(request: Generate) -> tuple[Resumed, ...]:
+    """What earlier attempts brought, by choice."""
+    if not request.resume:
+        return (Resumed(),) * request.n
+    if len(request.resume) != request.n:
+        raise InvalidRequest(
+            f"resume: it has {len(request.resume)} choices; the request has {request.n}",
+            param="resume",
+        )
+    return request.resume

@@ -13,32 +13,26 @@ from typing import NamedTuple
 import structlog
 
 from shared.errors import DeadlineExceeded, MeshError, WorkerFailed
-from shared.protocol import Fail
+from shared.protocol import Fail, Frame
 from worker.engine.calibration import Calibration
 from worker.engine.embedding import Embedder, EmbedJob
 from worker.engine.intake import Intake, Rejected
+from worker.engine.job import Job
 from worker.engine.llama import Batch, Context
 from worker.engine.outbox import Outbox
 from worker.engine.prefixes import Prefixes
-from worker.engine.scheduler import Pace, plan
-from worker.engine.sequence import Job, NoTokenLeft, Sequence
-from worker.engine.slots import Placement, Slot, Slots, hole
+from worker.engine.scheduler import Pace, plan, stretch
+from worker.engine.sequence import NoTokenLeft, Sequence
+from worker.engine.slots import TOKENS_A_GAP_STEP, Placement, Slot, Slots, hole
 from worker.engine.speculation.candidates import Candidate
 from worker.engine.speculation.speculator import Speculator
+from worker.engine.tally import Tally
 from worker.engine.threads import Threads
 from worker.link import CancelAttempts, EngineStats, Stop
 
 __all__ = ("Loop",)
 
 log = structlog.get_logger()
-
-_TOKENS_A_GAP_STEP = 1024
-"""Tokens that can be copied in the time that one step loses to a gap between busy slots.
-
-Measured with SmolLM2-135M Q4_0: a gap costs a step 6 to 20 ms, a copied token 7 us. A move is made
-once the gap has cost as much, as one buys skis after renting them for their price: never more than
-twice what the best choice, known only later, would have cost.
-"""
 
 _IDLE_SECONDS = 0.5
 
@@ -82,10 +76,7 @@ class Loop:
         self._running: list[Sequence] = []
         self._jobs: dict[int, Job | EmbedJob] = {}
         self._gap_steps = 0
-        self._prompt_tokens = 0
-        self._completion_tokens = 0
-        self._cached_tokens = 0
-        self._steps = 0
+        self._tally = Tally()
         self._stopped = False
 
     def run(self) -> None:
@@ -123,8 +114,7 @@ class Loop:
                 return
             idle = False
             if isinstance(arrival, Job):
-                self._jobs[arrival.attempt] = arrival
-                self._waiting.extend(arrival.sequences)
+                self._begin(arrival)
             elif isinstance(arrival, EmbedJob):
                 self._jobs[arrival.attempt] = arrival
                 self._embedder.waiting.append(arrival)
@@ -138,6 +128,28 @@ class Loop:
             elif isinstance(arrival, Stop):
                 self._stopped = True
                 return
+
+    def _begin(self, job: Job) -> None:
+        self._jobs[job.attempt] = job
+        left = [sequence for sequence in job.sequences if sequence.over is None]
+        if job.request.resume:
+            # Somebody is in the middle of reading this.
+            self._waiting.extendleft(reversed(left))
+        else:
+            self._waiting.extend(left)
+        if len(left) < len(job.sequences) or not left:
+            frames = self._outbox.frames(job.reply)
+            for sequence in job.sequences:
+                sequence.finish(frames)
+            self._closed(job, len(job.sequences) - len(left), frames)
+
+    def _closed(self, job: Job, count: int, frames: list[Frame]) -> None:
+        """So many more of its choices are complete."""
+        job.open -= count
+        if job.open == 0:
+            frames.append(job.end())
+            del self._jobs[job.attempt]
+            self._outbox.ended(job.attempt)
 
     def _expire(self) -> None:
         now = time.time()
@@ -173,7 +185,7 @@ class Loop:
         deferred: list[Sequence] = []
         while self._waiting:
             sequence = self._waiting.popleft()
-            placement = self._slots.place(sequence.job.prompt)
+            placement = self._slots.place(sequence.tokens)
             if placement is None:
                 deferred.append(sequence)
                 if len(self._slots.active) == len(self._slots.all):
@@ -184,18 +196,19 @@ class Loop:
 
     def _occupy(self, sequence: Sequence, placement: Placement) -> None:
         job = sequence.job
-        reuse = self._prefixes.bring(placement, job.prompt)
+        reuse = self._prefixes.bring(placement, sequence.tokens)
         if self._speculator is not None:
             # What came from the store, the draft model does not have.
             known = min(reuse, placement.reuse)
             self._speculator.took(Placement(placement.slot, placement.source, known))
-            sequence.drafting = self._speculator.begin(job.prompt, job.request.owner)
+            sequence.drafting = self._speculator.begin(sequence.tokens, job.request.owner)
         placement = Placement(placement.slot, placement.source, reuse)
-        sequence.slot = self._slots.take(placement, job.prompt)
+        sequence.slot = self._slots.take(placement, sequence.tokens, len(job.prompt))
         job.start()
-        job.cached = max(job.cached, reuse) if sequence.choice == 0 else job.cached
-        self._cached_tokens += reuse
-        self._prompt_tokens += len(job.prompt)
+        reuse = min(reuse, len(job.prompt))
+        job.cached = max(job.cached, reuse) if sequence is job.sequences[0] else job.cached
+        self._tally.cached_tokens += reuse
+        self._tally.prompt_tokens += len(job.prompt)
         self._running.append(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
@@ -213,7 +226,7 @@ class Loop:
         while (gap := hole(self._slots.active)) is not None:
             source, target = gap
             tokens = self._slots.all[source].cached + self._slots.all[target].cached
-            if tokens > (self._gap_steps + 1) * _TOKENS_A_GAP_STEP:
+            if tokens > (self._gap_steps + 1) * TOKENS_A_GAP_STEP:
                 self._gap_steps += 1
                 return
             if not self._context.swap(source, target):
@@ -240,7 +253,8 @@ class Loop:
         if alone and not speculating:
             rows, sampled = self._fill_decoding()
         else:
-            rows, sampled = self._fill(plan(remaining, self._pace.budget(decoding)), drafts)
+            wanted = plan([_stretch(s) for s in running], self._pace.budget(decoding))
+            rows, sampled = self._fill(wanted, drafts)
         # an idle prefill, with no row in this step, leaves it one of decoding alone
         alone = alone or rows == decoding
         self._threads.choose(prefill=not alone)
@@ -253,12 +267,12 @@ class Loop:
             self._threads.measured(rows, seconds)
         if not speculating:
             self._pace.measured(decoding, rows - decoding, seconds)
-        self._steps += 1
+        self._tally.steps += 1
         if sampled:
-            before = self._completion_tokens
+            before = self._tally.completion_tokens
             self._advance(sampled)
             if alone and self._speculator is not None:
-                self._speculator.finished(self._completion_tokens - before, seconds, rows)
+                self._speculator.finished(self._tally.completion_tokens - before, seconds, rows)
 
     def _fill_decoding(self) -> tuple[int, list[_Sampled]]:
         """A row for each sequence; what most steps are, and so done with few operations."""
@@ -332,7 +346,7 @@ class Loop:
             except MeshError as error:
                 self._fail(job.attempt, error)
                 continue
-            self._completion_tokens += len(advance.tokens)
+            self._tally.completion_tokens += len(advance.tokens)
             slot = sequence.slot
             assert slot is not None  # noqa: S101
             slot.tokens += advance.tokens
@@ -350,42 +364,34 @@ class Loop:
             if not advance.complete:
                 continue
             self._retire(sequence)
-            job.open -= 1
-            if job.open == 0:
-                frames.append(job.end())
-                del self._jobs[job.attempt]
-                self._outbox.ended(job.attempt)
+            self._closed(job, 1, frames)
 
     def _embed(self) -> None:
         done = self._embedder.step(self._pace.budget(len(self._running)))
         if done is not None:
             self._outbox.frames(done.reply).append(done.result())
-            self._prompt_tokens += sum(map(len, done.inputs))
+            self._tally.prompt_tokens += sum(map(len, done.inputs))
             del self._jobs[done.attempt]
             self._outbox.ended(done.attempt)
 
     def _stats(self) -> EngineStats:
         held = sum(s.slot.cached for s in self._running if s.slot is not None)
-        counters = self._speculator.counters if self._speculator is not None else None
-        return EngineStats(
+        return self._tally.stats(
             running=len(self._running),
             waiting=len(self._waiting) + len(self._embedder.waiting),
-            kv_used=round(held / (self._context.slots * self._context.context), 4),
-            prompt_tokens=self._prompt_tokens,
-            completion_tokens=self._completion_tokens,
-            cached_tokens=self._cached_tokens,
-            drafted=sum(counters.drafted) if counters else 0,
-            accepted=sum(counters.accepted) if counters else 0,
-            steps=self._steps,
-            drafted_at=counters.trimmed(counters.drafted) if counters else (),
-            accepted_at=counters.trimmed(counters.accepted) if counters else (),
-            gain=counters.gain if counters else 1.0,
+            kv_used=held / (self._context.slots * self._context.context),
+            speculation=self._speculator.counters if self._speculator is not None else None,
         )
 
 
 def _remaining(sequence: Sequence) -> int:
     slot = sequence.slot
     return 0 if slot is None else len(slot.tokens) - slot.cached
+
+
+def _stretch(sequence: Sequence) -> int:
+    slot = sequence.slot
+    return 0 if slot is None else stretch(slot.cached, slot.prompt_size, len(slot.tokens))
 
 
 def _index(sequence: Sequence) -> int:

@@ -8,7 +8,7 @@ long prompt delays the tokens of others, and the handling of a cancellation, by 
 import math
 from collections.abc import Sequence
 
-__all__ = ("Pace", "plan")
+__all__ = ("REPLAY_ROWS", "Pace", "plan", "stretch")
 
 STEP_SECONDS_BESIDE_DECODE = 0.08
 """What a step is to take in all while others decode: it bounds the gaps between their tokens, and
@@ -22,6 +22,8 @@ LEAST_PREFILL = 8
 take hardly longer a row than 16 (SmolLM2 Q4_0, one thread: 6.0 and 4.8 ms; Q4_1: 9.0 and 9.4)."""
 OLDEST_SHARE = 0.5
 """Of the prefill rows of a step, what the oldest prefill is sure of."""
+REPLAY_ROWS = 63
+"""Rows of a resumed answer's own tokens that are computed together at most."""
 FIRST_PREFILL = 128
 """Rows of the first prefill, from which the speed is learnt."""
 
@@ -64,8 +66,32 @@ def _average(average: float, value: float) -> float:
     return 0.7 * average + 0.3 * value if average else value
 
 
+def stretch(cached: int, prompt_size: int, total: int) -> int:
+    """How many of a sequence's next tokens may be computed together.
+
+    That is all that is left of its prompt, and then, where the answer is resumed, of the tokens
+    that earlier attempts drew: at most `REPLAY_ROWS`, and never so that one is left over. llama.cpp
+    rounds a row alone, a row among several, and, with flash attention, a row among 64 or more of
+    its sequence in three ways. A prompt is computed as any prompt. An answer's tokens were computed
+    one a step or as a short draft, mostly beside others: so they are replayed in the class of
+    several. Tried with streams resumed at random tokens: 96 of 96 equal in pieces of at most 63
+    rows, 34 of 48 in one large piece. A single token that was drawn is a row alone, as it was.
+
+    Args:
+        cached: tokens that are computed.
+        prompt_size: tokens of the prompt.
+        total: tokens to compute in all, the prompt's included; more than `cached`.
+    """
+    if cached < prompt_size:
+        return prompt_size - cached
+    left = total - cached
+    if left <= REPLAY_ROWS:
+        return left
+    return REPLAY_ROWS - 1 if left == REPLAY_ROWS + 1 else REPLAY_ROWS
+
+
 def plan(remaining: Sequence[int], budget: int) -> list[int]:
-    """Rows for each sequence, given the tokens each has yet to compute, in order of age.
+    """Rows for each sequence, given the `stretch` each has yet to compute, in order of age.
 
     A sequence with one token left is decoding and always gets its row. Of what the budget leaves,
     the oldest prefill gets `OLDEST_SHARE`, so that it gets on whatever comes; then comes the

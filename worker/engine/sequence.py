@@ -1,27 +1,17 @@
-"""A job (one request) and its sequences (one a choice): state of what is being generated.
+"""A sequence: the state of one choice of a job that is being generated.
 
 Turns sampled tokens into frames: text assembly, stop strings, reasoning, tool calls, logprobs.
-Knows nothing of batches or the KV cache.
+Takes in silence the tokens that earlier attempts told. Knows nothing of batches or the KV cache.
 """
 
-import time
 from collections.abc import Sequence as Tokens
 from typing import Literal, NamedTuple
 
-from shared.errors import MeshError
-from shared.protocol import (
-    Delta,
-    Done,
-    End,
-    Frame,
-    Generate,
-    Timings,
-    TokenLogprob,
-    ToolDelta,
-    Usage,
-)
+from shared.errors import InvalidRequest, MeshError
+from shared.protocol import Delta, Done, Frame, TokenLogprob, ToolDelta
 from worker.engine.constraint import Matcher
 from worker.engine.draws import uniform
+from worker.engine.job import Job
 from worker.engine.sampling import (
     Logits,
     Sampler,
@@ -36,9 +26,19 @@ from worker.engine.telling import Telling
 from worker.engine.text import TextAssembler
 from worker.engine.tools import ReasoningParser, ToolParser
 
-__all__ = ("Advance", "DraftGuesser", "Job", "NoTokenLeft", "Sequence")
+__all__ = ("Advance", "DraftGuesser", "NoTokenLeft", "Sequence")
 
 Reason = Literal["stop", "length", "tool_calls"]
+
+
+class Taken(NamedTuple):
+    """What a token makes certain."""
+
+    content: str
+    reasoning: str
+    deltas: tuple[ToolDelta, ...]
+    over: Reason | None
+    """Why the choice is complete with it, if it is."""
 
 
 class NoTokenLeft(Exception):
@@ -114,12 +114,14 @@ class Sequence:
         "drafting",
         "job",
         "limit",
+        "over",
         "slot",
+        "tokens",
     )
 
     def __init__(
         self,
-        job: "Job",
+        job: Job,
         choice: int,
         *,
         limit: int,
@@ -132,6 +134,11 @@ class Sequence:
         self.choice = choice
         self.count = 0
         self.limit = limit
+        self.tokens = job.prompt
+        """What is to be computed before anything is sampled: the prompt, and behind it what was
+        replayed."""
+        self.over: Reason | None = None
+        """Why nothing is left to sample after what was replayed."""
         self.slot: Slot | None = None
         self.drafting: Drafting | None = None
         """None: nothing is drafted for it."""
@@ -221,26 +228,52 @@ class Sequence:
         token = self.sample(row)
         if token in job.end_tokens:
             return token, "stop"
-        self._sampler.accept(token)
-        self.count += 1
-        job.completion += 1
         emitted.append(token)
-        text, stopped = self._assembler.push(token)
-        content, reasoning, deltas = self._parse(text)
+        taken = self._take(token)
         logprobs: tuple[TokenLogprob, ...] = ()
         if raw is not None and wanted is not None:
             top = tuple(self._logprob(t, float(raw[t])) for t in most_likely(raw, wanted))
             logprobs = (self._logprob(token, float(raw[token]), top),)
-        telling.add(token, content, logprobs, deltas, reasoning)
-        if stopped:
-            return token, "stop"
-        if self._matcher is not None:
+        telling.add(token, taken.content, logprobs, taken.deltas, taken.reasoning)
+        return token, taken.over
+
+    def _take(self, token: int) -> Taken:
+        """Let everything that follows the output know of its next token."""
+        self._sampler.accept(token)
+        self.count += 1
+        self.job.completion += 1
+        text, stopped = self._assembler.push(token)
+        content, reasoning, deltas = self._parse(text)
+        over: Reason | None = "length" if self.count >= self.limit else None
+        if not stopped and self._matcher is not None:
             self._matcher.accept(token)
-            if self._matcher.stopped:
-                return token, "stop"
-        if self._tools is not None and self._tools.finished:
-            return token, "stop"
-        return token, "length" if self.count >= self.limit else None
+            stopped = self._matcher.stopped
+        if stopped or (self._tools is not None and self._tools.finished):
+            over = "stop"
+        return Taken(content, reasoning, deltas, over)
+
+    # going on after an attempt that was lost
+
+    def replay(self, tokens: Tokens[int]) -> None:
+        """Take the tokens that earlier attempts told as if they had been sampled, telling nothing.
+
+        Raises:
+            InvalidRequest: they cannot be an output of this request on this model.
+        """
+        fit = self.allowed(tokens)
+        for index, token in enumerate(tokens):
+            if index >= fit or self.over == "stop" or not 0 <= token < len(self._pieces):
+                raise InvalidRequest(
+                    f"token {index} of choice {self.choice} cannot have been sampled",
+                    param="resume",
+                )
+            self.over = self._take(token).over
+        self.tokens = [*self.job.prompt, *tokens]
+
+    def finish(self, frames: list[Frame]) -> None:
+        """Tell the end of a choice that is `over` with what was replayed."""
+        if self.over is not None:
+            self._finish(self.over, frames)
 
     # speculation
 
@@ -291,59 +324,3 @@ class Sequence:
     ) -> TokenLogprob:
         data = self._pieces[token]
         return TokenLogprob(token, logprob, data.decode(errors="replace"), data, top)
-
-
-class Job:
-    """One generation request with its sequences and its account of tokens and time."""
-
-    def __init__(
-        self,
-        request: Generate,
-        reply: str,
-        received: float,
-        prompt: list[int],
-        end_tokens: frozenset[int],
-    ) -> None:
-        self.request = request
-        self.attempt = request.attempt
-        self.reply = reply
-        self.received = received
-        self.prompt = prompt
-        self.end_tokens = end_tokens
-        self.sequences: list[Sequence] = []
-        self.open = 0
-        """Sequences not yet complete."""
-        self.cached = 0
-        self.completion = 0
-        self.drafted = 0
-        self.accepted = 0
-        self.started = 0.0
-        """Monotonic time of the first row computed; 0: still waiting."""
-        self.first_token = 0.0
-        self.queued = 0.0
-
-    def start(self) -> None:
-        """The first of its sequences got a slot."""
-        if not self.started:
-            self.started = time.monotonic()
-            self.queued = max(0.0, time.time() - self.received)
-
-    def end(self) -> End:
-        """The last frame, with usage and timings."""
-        now = time.monotonic()
-        first = self.first_token or now
-        return End(
-            self.attempt,
-            Usage(
-                prompt=len(self.prompt),
-                completion=self.completion,
-                cached=self.cached,
-                drafted=self.drafted,
-                accepted=self.accepted,
-            ),
-            Timings(
-                queue_ms=round(self.queued * 1e3, 3),
-                prefill_ms=round((first - self.started) * 1e3, 3),
-                decode_ms=round((now - first) * 1e3, 3),
-            ),
-        )

@@ -111,11 +111,11 @@ class Speculator:
 
     # sequences
 
-    def begin(self, prompt: Sequence[int], owner: str) -> Drafting:
-        """A sequence starts."""
+    def begin(self, tokens: Sequence[int], owner: str) -> Drafting:
+        """A sequence starts, with its prompt, or goes on, with what was written of it before."""
         # Half of what is usual and half of a hope: texts differ, and a few drafts tell.
         usual = zip(self._shares.shares, SHARES, strict=True)
-        return Drafting(Lookup(prompt, self.memory, owner), [(a + b) / 2 for a, b in usual])
+        return Drafting(Lookup(tokens, self.memory, owner), [(a + b) / 2 for a, b in usual])
 
     def took(self, placement: Placement) -> None:
         """A slot has been given to a sequence."""

@@ -1,0 +1,72 @@
+"""A job: one generation request, with its account of tokens and time."""
+
+import time
+from typing import TYPE_CHECKING
+
+from shared.protocol import End, Generate, Timings, Usage
+
+if TYPE_CHECKING:
+    from worker.engine.sequence import Sequence
+
+__all__ = ("Job",)
+
+
+class Job:
+    """One request."""
+
+    def __init__(
+        self,
+        request: Generate,
+        reply: str,
+        received: float,
+        prompt: list[int],
+        end_tokens: frozenset[int],
+    ) -> None:
+        self.request = request
+        self.attempt = request.attempt
+        self.reply = reply
+        self.received = received
+        self.prompt = prompt
+        self.end_tokens = end_tokens
+        self.sequences: list[Sequence] = []
+        """One a choice, without those that were done on earlier attempts."""
+        self.open = 0
+        """Sequences not yet complete."""
+        self.cached = 0
+        self.completion = 0
+        self.replayed = 0
+        """Tokens of the answer that earlier attempts told."""
+        self.drafted = 0
+        self.accepted = 0
+        self.started = 0.0
+        """Monotonic time of the first row computed; 0: still waiting."""
+        self.first_token = 0.0
+        self.queued = 0.0
+
+    def start(self) -> None:
+        """The first of its sequences got a slot."""
+        if not self.started:
+            self.started = time.monotonic()
+            self.queued = max(0.0, time.time() - self.received)
+
+    def end(self) -> End:
+        """The last frame, with usage and timings."""
+        now = time.monotonic()
+        first = self.first_token or now
+        started = self.started or first
+        return End(
+            self.attempt,
+            Usage(
+                prompt=len(self.prompt),
+                completion=self.completion,
+                cached=self.cached,
+                drafted=self.drafted,
+                accepted=self.accepted,
+            ),
+            Timings(
+                queue_ms=round(self.queued * 1e3, 3),
+                prefill_ms=round((first - started) * 1e3, 3),
+                decode_ms=round((now - first) * 1e3, 3),
+                replayed=self.replayed,
+            ),
+        )
