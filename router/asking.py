@@ -83,6 +83,10 @@ class Asking(ABC):
         """A worker is gone."""
 
     @abstractmethod
+    def unheard(self, worker: str) -> None:
+        """A worker is not connected."""
+
+    @abstractmethod
     def interrupted(self, now: float) -> None:
         """The connection to NATS was away."""
 

@@ -230,6 +230,11 @@ class Call(Asking):
             self._search.refuse(worker)
             self._ask_another()
 
+    def unheard(self, worker: str) -> None:
+        """A worker is not connected: go on elsewhere if that can be, else see if it comes back."""
+        if self._assembly.worker == worker and self._search.others(worker):
+            self.lost(worker, "lost its connection")
+
     def broken(self) -> None:
         """A frame could not be rendered."""
         self._give_up(MeshError("The answer could not be rendered."))

@@ -18,7 +18,7 @@ from router.call import Call
 from router.demand import Demand
 from router.demand_board import DemandBoard
 from router.desk import Sink
-from router.fleet import Fleet
+from router.fleet import EXPIRY, Fleet
 from router.inbox import Inbox
 from router.pings import Pings
 from router.settings import Settings
@@ -76,7 +76,7 @@ class Dispatcher:
         self.board = DemandBoard(Kv(bus), self.demand)
         self.announcer = SettingsAnnouncer(bus)
         self.wishes = Wishes(self.fleet.beats, self.board.demand, lambda: self.announcer.settings)
-        self.pings = Pings(bus, self.distances, self.fleet.workers)
+        self.pings = Pings(bus, self.distances, self.fleet.workers, self._unheard)
         self.inbox = Inbox(bus.inbox)
         self.watched: set[Watched] = set()
         self.draining = False
@@ -219,6 +219,12 @@ class Dispatcher:
     def _lose(self, worker: str, why: str) -> None:
         for receiver in self.inbox.receivers():
             receiver.lost(worker, why)
+
+    def _unheard(self, worker: str) -> None:
+        # After an interruption of our own, workers may need a moment to come back, too.
+        if time.monotonic() - self._listening_since > EXPIRY:
+            for receiver in self.inbox.receivers():
+                receiver.unheard(worker)
 
     async def _sweep(self) -> None:
         last = time.monotonic()

@@ -150,6 +150,11 @@ class Handover:
         else:
             self._lost = (worker, why)
 
+    def unheard(self, worker: str) -> None:
+        """A worker is not connected."""
+        if worker == self._target:
+            self._stay()
+
     def interrupted(self, now: float) -> None:
         """The connection was away."""
         self._stay()

@@ -47,6 +47,10 @@ class Receiver(Protocol):
         """A worker is gone."""
         ...
 
+    def unheard(self, worker: str) -> None:
+        """A worker is not connected; it may come back before it counts as gone."""
+        ...
+
     def interrupted(self, now: float) -> None:
         """The connection to NATS was away; frames may be missing."""
         ...

@@ -52,5 +52,8 @@ class Orphan:
     def lost(self, worker: str, why: str) -> None:
         """Nothing to lose."""
 
+    def unheard(self, worker: str) -> None:
+        """Nothing to lose."""
+
     def interrupted(self, now: float) -> None:
         """Nothing to lose."""

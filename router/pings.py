@@ -1,8 +1,11 @@
 """Measuring how far workers are: pings through NATS, the path that tokens take.
 
 Each worker gets a ping a second (more than `MOST_A_SECOND` workers take turns), and one at once
-when it is first heard of. All answers come on one reply subject to one callback; a number that
-nobody can guess says whose it is, so that no worker can answer for another.
+when it is first heard of. All answers come to one callback, on reply subjects of which each worker
+has one; a number that nobody can guess says whose it is, so that no worker can answer for another.
+
+A worker whose process has died has no connection any more, and NATS says at once that nobody hears
+its ping: sooner than its beats are missed.
 
 What this router itself is late does not count as distance: while the event loop stalls, long round
 trips and missing answers are not believed. Short ones are, since a stall only adds.
@@ -11,6 +14,7 @@ trips and missing answers are not believed. Short ones are, since a stall only a
 import asyncio
 import time
 from collections.abc import Callable
+from itertools import count
 from typing import NamedTuple
 
 import structlog
@@ -42,11 +46,29 @@ class _Ping(NamedTuple):
 class Pings:
     """Pings to all workers; `run` keeps `distances` up to date."""
 
-    def __init__(self, bus: Bus, distances: Distances, workers: Callable[[], list[str]]) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        distances: Distances,
+        workers: Callable[[], list[str]],
+        on_unheard: Callable[[str], None],
+    ) -> None:
+        """Make them.
+
+        Args:
+            bus: where they go.
+            distances: learns of the answers.
+            workers: all there are.
+            on_unheard: told a worker that has answered before, and is not connected now.
+        """
         self._bus = bus
         self._distances = distances
         self._workers = workers
-        self._reply = f"{bus.inbox}.p"
+        self._on_unheard = on_unheard
+        self._reply = f"{bus.inbox}.p."
+        self._places: dict[str, int] = {}
+        """The end of each worker's reply subject."""
+        self._at: dict[int, str] = {}
         self._due: dict[str, float] = {}
         self._out: dict[int, _Ping] = {}
         self._number: dict[str, int] = {}
@@ -61,7 +83,7 @@ class Pings:
 
     async def run(self) -> None:
         """Ping until cancelled."""
-        subscription = await self._bus.subscribe(self._reply, self._on_pong)
+        subscription = await self._bus.subscribe(f"{self._reply}*", self._on_pong)
         try:
             while True:
                 await self._round(time.monotonic())
@@ -74,6 +96,7 @@ class Pings:
         workers = self._workers()
         for gone in self._due.keys() - set(workers):
             del self._due[gone]
+            self._at.pop(self._places.pop(gone, -1), None)
             self._out.pop(self._number.pop(gone, 0), None)
         pause = max(INTERVAL, len(workers) / MOST_A_SECOND)
         most = max(1, int(MOST_A_SECOND * TICK))
@@ -97,22 +120,41 @@ class Pings:
         self._out[number] = _Ping(worker, time.monotonic())
         try:
             data = number.to_bytes(8, "little")
-            await self._bus.publish(subjects.ping(worker), data, reply=self._reply)
+            reply = f"{self._reply}{self._place(worker)}"
+            await self._bus.publish(subjects.ping(worker), data, reply=reply)
         except BusUnavailable as error:
             # Nothing was sent: that is not the worker's fault.
             self._out.pop(self._number.pop(worker), None)
             log.debug("ping.skipped", worker=worker, reason=str(error))
 
+    def _place(self, worker: str) -> int:
+        place = self._places.get(worker)
+        if place is None:
+            place = next(number for number in count() if number not in self._at)
+            self._places[worker], self._at[place] = place, worker
+        return place
+
     def _on_pong(self, message: BusMessage) -> None:
         now = time.monotonic()
+        if message.status:
+            self._on_status(message)
+            return
         ping = self._out.pop(int.from_bytes(message.data, "little"), None)
-        if message.status or ping is None:
+        if ping is None:
             return
         self._number.pop(ping.worker, None)
         seconds = now - ping.sent
         if seconds > SHORT * self._distances.cap and self._stalled(ping.sent, now):
             return
         self._distances.observe(ping.worker, seconds)
+
+    def _on_status(self, message: BusMessage) -> None:
+        place = message.subject.removeprefix(self._reply)
+        worker = self._at.get(int(place)) if place.isdecimal() else None
+        # One that has never answered may have no ear for pings.
+        if worker is None or message.status != "503" or self._distances.rtt(worker) is None:
+            return
+        self._on_unheard(worker)
 
     def _stalled(self, since: float, now: float) -> bool:
         return self._stalled_at >= since or now - self._pulse_due > STALL

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from test_router_streaming import events
 
+from router.fleet import EXPIRY
 from shared.protocol import Accepted, Embed, Resumed
 
 pytestmark = pytest.mark.nats
@@ -107,6 +108,45 @@ async def test_a_worker_that_falls_silent_or_is_started_anew_is_left(
 
     assert answer.json()["choices"][0]["message"]["content"] == "Hel!"
     assert [len(worker.jobs) for worker in workers] == [1, 1]
+
+
+async def test_a_worker_without_a_connection_is_left_before_its_beats_are_missed(
+    start_router, http, start_worker, chat
+):
+    router = await start_router()
+
+    async def cut(job):
+        for subscription in job.worker._subscriptions:
+            await subscription.leave()
+
+    # It beats on, so that only its silence to pings can tell.
+    workers = await two(start_worker, until(cut, "Hel"))
+    await asyncio.sleep(EXPIRY + 0.2)
+
+    answer = await http.post(f"{router.url}/v1/chat/completions", json=chat())
+
+    assert answer.json()["choices"][0]["message"]["content"] == "Hel!"
+    assert [len(worker.jobs) for worker in workers] == [1, 1]
+
+
+async def test_the_only_worker_may_lose_its_connection_for_a_moment(
+    start_router, http, start_worker, chat
+):
+    router = await start_router()
+
+    async def cut(job):
+        for subscription in job.worker._subscriptions:
+            await subscription.leave()
+        await asyncio.sleep(1.5)
+        await job.send(job.delta("lo"), job.done(), job.end())
+
+    worker = await start_worker(until(cut, "Hel"))
+    await asyncio.sleep(EXPIRY + 0.2)
+
+    answer = await http.post(f"{router.url}/v1/chat/completions", json=chat())
+
+    assert answer.json()["choices"][0]["message"]["content"] == "Hello"
+    assert len(worker.jobs) == 1
 
 
 @pytest.mark.parametrize("route", ["chat/completions", "completions"])

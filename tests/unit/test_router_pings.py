@@ -38,7 +38,7 @@ class FakeBus:
 
     def answer(self, number, status=""):
         _, data, reply = self.sent[number]
-        self.callback(BusMessage(reply, "", data, None, status))
+        self.callback(BusMessage(reply, "", b"" if status else data, None, status))
 
 
 async def until(condition):
@@ -65,10 +65,15 @@ def workers():
 
 
 @pytest.fixture
-async def pinging(bus, distances, workers, monkeypatch):
+def unheard():
+    return []
+
+
+@pytest.fixture
+async def pinging(bus, distances, workers, unheard, monkeypatch):
     monkeypatch.setattr(pings, "INTERVAL", 0.05)
     monkeypatch.setattr(pings, "TICK", 0.05)
-    made = Pings(bus, distances, lambda: workers)
+    made = Pings(bus, distances, lambda: workers, unheard.append)
     running = asyncio.create_task(made.run())
     await until(lambda: len(bus.sent) >= 2)
     yield made
@@ -79,7 +84,8 @@ async def test_answers_come_on_one_subject_and_count_for_whose_number_they_bear(
     pinging, bus, distances
 ):
     assert [subject for subject, _, _ in bus.sent[:2]] == [subjects.ping("a"), subjects.ping("b")]
-    assert {reply for _, _, reply in bus.sent} == {bus.subject}
+    assert {f"{reply.rpartition('.')[0]}.*" for _, _, reply in bus.sent} == {bus.subject}
+    assert len({reply for _, _, reply in bus.sent[:2]}) == 2
     assert len({data for _, data, _ in bus.sent[:2]}) == 2
     bus.answer(1)
 
@@ -97,6 +103,32 @@ async def test_an_answer_counts_once_and_a_made_up_one_never(pinging, bus, dista
 
     assert (distances.version, distances.rtt("a")) == (version, mean)
     assert distances.reach("b") == "unknown"
+
+
+async def test_who_has_answered_before_and_is_not_connected_is_told_of(pinging, bus, unheard):
+    bus.answer(0)
+    bus.answer(1, status="503")
+    assert unheard == []
+    at = len(bus.sent)
+    await until(lambda: len(bus.sent) >= at + 2)
+    sent = {subject: number for number, (subject, _, _) in enumerate(bus.sent)}
+
+    bus.answer(sent[subjects.ping("a")], status="408")
+    bus.callback(BusMessage(f"{bus.inbox}.p.nobody", "", b"", None, "503"))
+    assert unheard == []
+    bus.answer(sent[subjects.ping("b")], status="503")
+    bus.answer(sent[subjects.ping("a")], status="503")
+    assert unheard == ["a"]
+
+
+async def test_a_place_is_free_again_when_its_worker_has_left(pinging, bus, workers):
+    workers.remove("a")
+    await asyncio.sleep(0.15)
+    workers.append("c")
+    pinging.met("c")
+    await until(lambda: bus.sent[-1][0] == subjects.ping("c"))
+
+    assert bus.sent[-1][2] == bus.sent[0][2]
 
 
 async def test_an_answer_that_does_not_come_is_missed(pinging, bus, distances, monkeypatch):
@@ -126,7 +158,7 @@ async def test_a_worker_that_left_is_not_pinged(pinging, bus, workers):
 
 
 async def test_a_new_worker_is_pinged_at_once(bus, distances, workers):
-    made = Pings(bus, distances, lambda: workers)
+    made = Pings(bus, distances, lambda: workers, print)
     running = asyncio.create_task(made.run())
     await until(lambda: len(bus.sent) >= 2)
     workers.append("c")
@@ -162,7 +194,7 @@ async def test_short_round_trips_are_believed_in_a_stall_too(pinging, bus, dista
 
 async def test_many_workers_take_turns(bus, distances, monkeypatch):
     names = [f"w{number}" for number in range(120)]
-    made = Pings(bus, distances, lambda: names)
+    made = Pings(bus, distances, lambda: names, print)
     now = time.monotonic()
     await made._round(now)
     assert len(bus.sent) == 50
