@@ -21,6 +21,7 @@ from router.problems import (
 )
 from router.settings import Settings
 from shared.errors import InvalidRequest, MeshError
+from shared.wish import Wish
 
 __all__ = ("create_app",)
 
@@ -33,7 +34,7 @@ def create_app(dispatcher: Dispatcher, settings: Settings) -> Front:
         dispatcher.fleet.knows,
         lambda: dispatcher.bus.connected,
         held=dispatcher.waiting.counts,
-        wishes=dispatcher.wishes.current,
+        wishes=lambda: _wish(dispatcher),
     )
     app = Litestar(
         route_handlers=[
@@ -47,6 +48,12 @@ def create_app(dispatcher: Dispatcher, settings: Settings) -> Front:
         logging_config=None,
     )
     return Front(app, metrics)
+
+
+def _wish(dispatcher: Dispatcher) -> Wish | None:
+    """Workers wanted; None while this router does not know who is there and what is asked for."""
+    knows = dispatcher.bus.connected and dispatcher.informed and dispatcher.board.informed
+    return dispatcher.wishes.current() if knows else None
 
 
 def _respond(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:

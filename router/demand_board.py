@@ -41,6 +41,11 @@ class DemandBoard:
         self._stale = True
         self._opened = False
 
+    @property
+    def informed(self) -> bool:
+        """Whether it has read what all routers have told."""
+        return self._opened and not self._stale
+
     def reconnected(self) -> None:
         """What was written meanwhile has been missed: read all again."""
         self._stale = True

@@ -103,7 +103,7 @@ class Metrics(Collector):
         knows: Callable[[str], bool],
         connected: Callable[[], bool],
         held: Callable[[], Mapping[str, int]] = dict,
-        wishes: Callable[[], Wish] = lambda: Wish({}, 0),
+        wishes: Callable[[], Wish | None] = lambda: Wish({}, 0),
     ) -> None:
         self._knows = knows
         self._connected = connected
@@ -152,6 +152,9 @@ class Metrics(Collector):
 
     def _wanted(self) -> Iterable[Metric]:
         wish = self._wishes()
+        if wish is None:
+            # Nothing is better than a 0 on which somebody would take all workers away.
+            return
         replicas = GaugeMetricFamily(
             "mesh_wanted_replicas", "Workers that should serve a model", labels=["model"]
         )

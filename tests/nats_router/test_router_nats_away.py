@@ -48,14 +48,17 @@ async def test_requests_fail_at_once_and_work_again_after(
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     assert "NATS" in refused.json()["error"]["message"]
     assert (live.status_code, ready.status_code) == (200, 503)
+    # A 0 would have whoever scales by it take all workers away.
+    assert "mesh_wanted_workers" not in (await http.get(f"{router.url}/metrics")).text
 
     await own_broker(port=server.port)
     await eventually(lambda: router.dispatcher.bus.connected and worker.bus.connected)
     await worker.bus.barrier()
     assert not router.dispatcher.informed
     assert (await http.post(f"{router.url}{CHAT}", json=chat())).status_code == 200
-    await eventually(lambda: router.dispatcher.informed)
+    await eventually(lambda: router.dispatcher.informed and router.dispatcher.board.informed)
     assert (await http.get(f"{router.url}/readyz")).status_code == 200
+    assert "mesh_wanted_workers" in (await http.get(f"{router.url}/metrics")).text
 
 
 async def test_open_answers_end_when_nats_stays_away(
