@@ -11,6 +11,7 @@ import asyncio
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Annotated, Any, Literal
 import cyclopts
 import msgspec
 import uvloop
+from cyclopts.validators import Number
 
 from loadtests.figures import markdown
 from loadtests.http_client import Client, Target
@@ -26,7 +28,7 @@ from loadtests.http_reply import Reply
 from loadtests.procfs import descendants, name_of, raise_open_files
 from loadtests.stack import Stack, smollm2_q4_0
 
-__all__ = ("Growth", "Memory", "Sample", "growths", "memory_of", "report", "soak")
+__all__ = ("Growth", "Memory", "Sample", "growths", "memory_of", "report", "soak", "too_short")
 
 now = time.monotonic
 
@@ -46,6 +48,8 @@ MIX: dict[Kind, int] = {
 WORDS = ("river", "stone", "market", "engine", "garden", "window", "letter", "system", "bridge")
 JUDGED = ("router", "agent", "engine")
 SHARE = 0.03
+LEAST_SAMPLES = 3
+"""Through how many a line is fitted at least."""
 LEAST = 5e6
 """Bytes of growth that are never held against a process; else `SHARE` of what it holds."""
 _FIELDS = {"Rss:": "rss", "Pss:": "pss", "Anonymous:": "anonymous"}
@@ -123,7 +127,7 @@ def growths(samples: Sequence[Sample], after: int) -> list[Growth]:
         ValueError: fewer than three samples lie after that.
     """
     later = [sample for sample in samples if sample.requests >= after]
-    if len(later) < 3:
+    if len(later) < LEAST_SAMPLES:
         raise ValueError(f"only {len(later)} samples after {after} requests")
     at = [sample.requests for sample in later]
     found = []
@@ -133,6 +137,19 @@ def growths(samples: Sequence[Sample], after: int) -> list[Growth]:
             slope = statistics.linear_regression(at, values).slope
             found.append(Growth(process, field, values[0], slope * (at[-1] - at[0])))
     return found
+
+
+def too_short(requests: int, after: int, every: int) -> str:
+    """What would be right where a run is too short for a verdict; empty: it is long enough."""
+    later = range(-(-after // every) * every, requests + 1, every)
+    if len(later) >= LEAST_SAMPLES:
+        return ""
+    enough = later.start + (LEAST_SAMPLES - 1) * every
+    return (
+        f"--requests is {requests}: only {len(later)} samples, one in {every} requests, would lie "
+        f"after {after} requests, and a line needs {LEAST_SAMPLES}; at least --requests {enough}, "
+        "or a smaller --after"
+    )
 
 
 class Requests:
@@ -357,8 +374,8 @@ def main(
     *,
     model: Path | None = None,
     requests: int = 10_000,
-    after: int = 1_000,
-    every: int = 250,
+    after: Annotated[int, cyclopts.Parameter(validator=Number(gte=0))] = 1_000,
+    every: Annotated[int, cyclopts.Parameter(validator=Number(gte=1))] = 250,
     connections: int = 12,
     threads: int = 1,
     json_file: Annotated[Path | None, cyclopts.Parameter(name="--json")] = None,
@@ -374,6 +391,9 @@ def main(
         threads: threads of the engine
         json_file: where to write every sample
     """
+    if wrong := too_short(requests, after, every):
+        print(wrong, file=sys.stderr)
+        return 2
     raise_open_files(1024)
 
     def tell(line: str) -> None:

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtests.soak_memory import JUDGED, Memory, Sample, growths, memory_of, report, spark
+from loadtests.soak_memory import (
+    JUDGED,
+    Memory,
+    Sample,
+    growths,
+    main,
+    memory_of,
+    report,
+    spark,
+    too_short,
+)
 
 MB = 1_000_000
 
@@ -67,3 +77,23 @@ def test_the_kernel_tells_what_this_process_holds() -> None:
     assert held.rss > held.anonymous > 0
     with pytest.raises(ProcessLookupError):
         memory_of(2**22 + 1)
+
+
+@given(st.integers(0, 5000), st.integers(0, 3000), st.integers(1, 500))
+def test_a_run_that_is_too_short_is_known_before_it_starts(
+    requests: int, after: int, every: int
+) -> None:
+    taken = samples([(n, 100) for n in range(0, requests + 1, every)])
+    if too_short(requests, after, every):
+        with pytest.raises(ValueError, match="samples after"):
+            growths(taken, after)
+    else:
+        assert growths(taken, after)
+
+
+def test_what_would_be_right_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(requests=500) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "at least --requests 1500" in told
+    assert too_short(1500, 1000, 250) == ""
