@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ Routing = Literal["mesh", "random", "round-robin", "group"]
 PARTS: tuple[Part, ...] = ("conversations", "skewed")
 CHAT = "/v1/chat/completions"
 ROUTERS = 2
+TOLD_EVERY = 64
 SETTLE = 2.0
 """Seconds until every router has heard every worker and measured its distance."""
 
@@ -89,12 +91,13 @@ async def conversations(routing: Routing, talk: Talk, model: Path) -> dict[str, 
     """Hold all conversations once."""
     async with Stack(routers=ROUTERS, workers=talk.workers) as stack:
         targets = await _start(stack, routing)
-        name = ""
-        for number in range(1, talk.workers + 1):
-            options = ("--threads", "1", "--slots", str(talk.slots), "--speculation", "off")
+        options = ("--threads", "1", "--slots", str(talk.slots), "--speculation", "off")
+        # The first alone, so that what it measures of the model holds, and is kept for the rest:
+        # four that measure at once disturb each other.
+        await stack.worker("worker-1", model, *options)
+        name = await stack.wait_model("router-1", "worker-1")
+        for number in range(2, talk.workers + 1):
             await stack.worker(f"worker-{number}", model, *options)
-        for number in range(1, talk.workers + 1):
-            name = await stack.wait_model("router-1", f"worker-{number}")
         await _until(targets[0], name, talk.workers)
         await asyncio.sleep(SETTLE)
         gate = asyncio.Semaphore(talk.at_once)
@@ -121,6 +124,7 @@ async def conversations(routing: Routing, talk: Talk, model: Path) -> dict[str, 
                 async with gate:
                     reply = await _ask(clients[target], targets[target].post(CHAT, body))
                 replies.append(reply)
+                _tell(f"{routing}: {len(replies)} of {talk.count * talk.turns} turns", replies)
                 answer = msgspec.json.decode(reply.text)["choices"][0]["message"]["content"]
                 messages += [
                     {"role": "assistant", "content": answer},
@@ -173,6 +177,7 @@ async def skewed(routing: Routing, skew: Skew, seed: int) -> dict[str, Any]:
                 "stream": True,
             }
             replies.append(await _ask(client, targets[at].post(CHAT, body)))
+            _tell(f"{routing}: {len(replies)} requests answered", replies)
             idle[at].append(client)
 
         due = time.monotonic()
@@ -197,6 +202,12 @@ async def skewed(routing: Routing, skew: Skew, seed: int) -> dict[str, Any]:
         "ttft_p90_ms": percentile(ttft, 0.9),
         "ttft_p99_ms": percentile(ttft, 0.99),
     }
+
+
+def _tell(progress: str, replies: Sequence[Reply]) -> None:
+    """A sign of life now and then: a part takes minutes."""
+    if len(replies) % TOLD_EVERY == 0:
+        print(progress, file=sys.stderr, flush=True)
 
 
 async def _until(target: Target, model: str, workers: int) -> None:
@@ -247,19 +258,23 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 
 async def measure(
-    parts: Sequence[Part], routings: Sequence[Routing], reps: int, skew: Skew, talk: Talk
+    parts: Sequence[Part],
+    routings: Sequence[Routing],
+    seeds: Sequence[int],
+    skew: Skew,
+    talk: Talk,
 ) -> list[dict[str, Any]]:
     """Run everything."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="mesh-routing-") as folder:
         model = smollm2_q4_0(Path(folder)) if "conversations" in parts else Path()
-        for repetition in range(reps):
+        for seed in seeds:
             for part in parts:
                 for routing in routings:
                     if part == "conversations":
                         row = await conversations(routing, talk, model)
                     else:
-                        row = await skewed(routing, skew, repetition)
+                        row = await skewed(routing, skew, seed)
                     rows.append(row)
                     print(json.dumps(row), flush=True)
     return rows
@@ -274,9 +289,11 @@ def main(
     part: tuple[Part, ...] = PARTS,
     routing: tuple[Routing, ...] = ("mesh", "random", "round-robin", "group"),
     reps: int = 3,
+    seed: int = 0,
     seconds: float = 60.0,
     load: float = 0.8,
     conversations: int = 64,
+    tokens: int = 48,
     json_file: Annotated[Path | None, cyclopts.Parameter(name="--json")] = None,
 ) -> None:
     """Print the tables.
@@ -285,13 +302,15 @@ def main(
         part: which parts to run; may be given several times
         routing: which routings to compare; may be given several times
         reps: repetitions, of which the median is shown
+        seed: of the first repetition; each further one has the next
         seconds: length of one skewed load
         load: of the skewed load, as a share of what the workers can do
-        conversations: how many are held
+        conversations: how many are held, in 8 turns each
+        tokens: of each of their answers
         json_file: where to write every repetition
     """
-    skew, talk = Skew(seconds=seconds, load=load), Talk(count=conversations)
-    rows = uvloop.run(measure(part, routing, reps, skew, talk))
+    skew, talk = Skew(seconds=seconds, load=load), Talk(count=conversations, tokens=tokens)
+    rows = uvloop.run(measure(part, routing, range(seed, seed + reps), skew, talk))
     if json_file is not None:
         json_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"\n{report(rows)}")
