@@ -18,7 +18,7 @@ from cyclopts.config import Env
 from cyclopts.validators import Number
 from rich.console import Console
 
-from mesh import model_settings
+from mesh import kubernetes, model_settings
 from mesh.errors import CommandError
 from mesh.fleet import Snapshot
 from mesh.parts import Speculation, UpSettings, identities
@@ -58,8 +58,16 @@ def up(
     threads: _Optional = None,
     ctx: _Optional = None,
     speculation: Annotated[Speculation | None, Parameter(show_default=False)] = None,
+    max_rtt: Annotated[float | None, Parameter(validator=Number(gt=0), show_default=False)] = None,
+    far: Annotated[bool | None, Parameter(show_default=False)] = None,
+    load_bound: Annotated[
+        float | None, Parameter(validator=Number(gt=1), show_default=False)
+    ] = None,
 ) -> None:
     """Bring up a whole system on this host: NATS, routers, workers.
+
+    What has no flag here reaches the parts by variables (MESH_GRACE=60 mesh up), or from the tables
+    [router] and [worker] of the file that --config names.
 
     Parameters
     ----------
@@ -87,6 +95,14 @@ def up(
     speculation
         Drafting tokens ahead: auto, with a draft model where a smaller relative lies beside the
         model; ngram, without; off. Without it, auto.
+    max_rtt
+        Milliseconds of round trip beyond which routers give a worker nothing while a nearer one
+        serves. Without it, the routers' own default.
+    far
+        Let routers use workers beyond that where no nearer one serves the model.
+    load_bound
+        How far above the mean load a worker may be and still get its own conversations. Without
+        it, the routers' own default.
     """
     from mesh.narrator import Narrator
     from mesh.up import bring_up
@@ -102,6 +118,9 @@ def up(
         threads=threads,
         context=ctx,
         speculation=speculation,
+        max_rtt=max_rtt,
+        far=far,
+        load_bound=load_bound,
     )
     asyncio.run(bring_up(settings, Narrator(Console(highlight=False))))
 
@@ -336,6 +355,7 @@ def _whole(value: Any) -> Any:
 
 
 model_settings.register(models, _folder)
+kubernetes.register(app)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -58,6 +58,10 @@ class UpSettings(msgspec.Struct, frozen=True):
     threads: int | None = None
     context: int | None = None
     speculation: Speculation | None = None
+    # What only routers are told; None leaves it to them.
+    max_rtt: float | None = None
+    far: bool | None = None
+    load_bound: float | None = None
 
 
 def base_url(port: int) -> str:
@@ -90,9 +94,16 @@ def child_environment(nats: str, environment: Mapping[str, str] = os.environ) ->
     return kept | {"MESH_NATS": nats}
 
 
-def router_command(name: str, port: int) -> list[str]:
+def router_command(name: str, port: int, settings: UpSettings) -> list[str]:
     """The command line of one router."""
-    return [_script("mesh-router", "router"), "--name", name, "--port", str(port)]
+    command = [_script("mesh-router", "router"), "--name", name, "--port", str(port)]
+    if settings.max_rtt is not None:
+        command += ["--max-rtt", str(settings.max_rtt)]
+    if settings.far is not None:
+        command.append("--far" if settings.far else "--no-far")
+    if settings.load_bound is not None:
+        command += ["--load-bound", str(settings.load_bound)]
+    return command
 
 
 def worker_command(name: str, models: Path, settings: UpSettings, cores: int) -> list[str]:

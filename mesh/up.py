@@ -177,7 +177,7 @@ class Up:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         settings = self._settings
         parts = [
-            ("routers", name, router_command(name, port))
+            ("routers", name, router_command(name, port, settings))
             for name, port in zip(plan.routers, plan.ports, strict=True)
         ]
         parts += [

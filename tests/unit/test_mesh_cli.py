@@ -78,6 +78,7 @@ def test_models_may_be_repeated(asked: list[UpSettings]) -> None:
         (["up", "--port", "x"], "--port"),
         (["up", "--port", "70000"], "--port"),
         (["up", "--workers", "0"], "--workers"),
+        (["up", "--load-bound", "1"], "--load-bound"),
         (["up", "--config", "/no/such.toml"], "/no/such.toml"),
         (["status", "--data-dir", "/no/such"], "no mesh runs in /no/such"),
         (["models", "--data-dir", "/no/such"], "no mesh runs in /no/such"),
@@ -104,12 +105,14 @@ def test_a_broken_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_every_setting_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     for command, flags in {
-        "up": "port routers workers model nats data-dir slots threads ctx speculation config",
+        "up": "port routers workers model nats data-dir slots threads ctx speculation config "
+        "max-rtt far load-bound",
         "status": "json nats data-dir config",
         "models": "json nats data-dir config",
         "models requantize": "type force config",
         "chat": "url system data-dir config",
         "nats-config": "routers workers host port store-dir",
+        "kubernetes-secrets": "routers workers commands servers release namespace",
     }.items():
         main([*command.split(), "--help"])
         told = capsys.readouterr().out

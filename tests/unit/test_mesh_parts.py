@@ -1,10 +1,12 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import router.cli
 from mesh.errors import CommandError
 from mesh.parts import (
     UpSettings,
@@ -14,6 +16,7 @@ from mesh.parts import (
     threads_for,
     worker_command,
 )
+from router.settings import Settings
 from shared.broker import render_users
 
 SECRET = "nats://worker-1:secret@127.0.0.1:4222"
@@ -51,9 +54,32 @@ def test_command_lines_say_what_was_asked_for() -> None:
         *("--name", "worker-1", "--models", "/d/served", "--pin-all", "--threads", "4"),
         *("--slots", "4", "--ctx", "512", "--speculation", "off"),
     ]
-    router = router_command("router-1", 9337)
-    assert os.path.basename(router[0]) == "mesh-router"
-    assert router[1:] == ["--name", "router-1", "--port", "9337"]
+    command = router_command("router-1", 9337, settings)
+    assert os.path.basename(command[0]) == "mesh-router"
+    assert command[1:] == ["--name", "router-1", "--port", "9337"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"max_rtt": 12.5}, Settings(name="r", max_rtt=0.0125)),
+        ({"far": True}, Settings(name="r", far=True)),
+        ({"far": False}, Settings(name="r", far=False)),
+        ({"load_bound": 3.25}, Settings(name="r", load_bound=3.25)),
+    ],
+)
+def test_routers_take_what_they_are_told(
+    asked: dict[str, Any], told: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Settings] = []
+    monkeypatch.setattr(router.cli, "run", lambda settings: ran.append(settings) or 0)
+    # A flag goes before what the environment says.
+    monkeypatch.setenv("MESH_FAR", "true" if asked.get("far") is False else "false")
+
+    command = router_command("r", 9337, UpSettings(data_dir=Path("/d"), **asked))
+    assert router.cli.main(command[1:]) == 0
+
+    assert ran == [told]
 
 
 def test_threads_asked_for_are_threads_given() -> None:
@@ -65,4 +91,4 @@ def test_a_part_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(CommandError, match=r"mesh-router is not installed.*\[router\]"):
-        router_command("router-1", 1)
+        router_command("router-1", 1, UpSettings(data_dir=Path("/d")))
