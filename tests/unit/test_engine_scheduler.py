@@ -65,6 +65,17 @@ def test_decoding_and_prefill_together_fill_the_time_of_a_step():
     assert pace.budget(4) == 4 + 60
 
 
+def test_for_an_answer_that_goes_on_a_step_beside_decoding_is_as_long_as_without():
+    pace = Pace(512)
+    for _ in range(30):
+        pace.measured(4, 0, 0.03)
+        pace.measured(4, 100, 0.03 + 100 / 2000)
+
+    assert pace.budget(4) == 4 + 100
+    assert pace.budget(4, urgent=True) == 4 + 440
+    assert pace.budget(0, urgent=True) == pace.budget(0) == 500
+
+
 def test_a_step_that_looks_free_does_not_make_the_next_one_huge():
     pace = Pace(512)
     for _ in range(30):

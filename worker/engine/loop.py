@@ -241,7 +241,7 @@ class Loop:
 
     def _step(self) -> None:
         running = self._running
-        remaining = [_remaining(s) for s in running]
+        remaining = [s.remaining for s in running]
         decoding = remaining.count(1)
         drafts: Drafts[list[int]] = ()
         alone = decoding == len(running)
@@ -253,8 +253,8 @@ class Loop:
         if alone and not speculating:
             rows, sampled = self._fill_decoding()
         else:
-            wanted = plan([_stretch(s) for s in running], self._pace.budget(decoding))
-            rows, sampled = self._fill(wanted, drafts)
+            budget = self._pace.budget(decoding, urgent=any(s.awaited for s in running))
+            rows, sampled = self._fill(plan([_stretch(s) for s in running], budget), drafts)
         # an idle prefill, with no row in this step, leaves it one of decoding alone
         alone = alone or rows == decoding
         self._threads.choose(prefill=not alone)
@@ -382,11 +382,6 @@ class Loop:
             kv_used=held / (self._context.slots * self._context.context),
             speculation=self._speculator.counters if self._speculator is not None else None,
         )
-
-
-def _remaining(sequence: Sequence) -> int:
-    slot = sequence.slot
-    return 0 if slot is None else len(slot.tokens) - slot.cached
 
 
 def _stretch(sequence: Sequence) -> int:

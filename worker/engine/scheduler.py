@@ -49,14 +49,20 @@ class Pace:
         if prefill >= LEAST_PREFILL // 2 and seconds > 0:
             self._row = _average(self._row, seconds / prefill)
 
-    def budget(self, decoding: int) -> int:
-        """Rows for the next step in all, decode included."""
+    def budget(self, decoding: int, *, urgent: bool = False) -> int:
+        """Rows for the next step in all, decode included.
+
+        `urgent`: somebody reads an answer that goes on only when its prefill is done. For him the
+        others' tokens come as far apart as prefill steps without decoding are: a few of them, since
+        what is computed together is computed faster.
+        """
         if not self._row:
             return min(self._most, decoding + FIRST_PREFILL)
         left = STEP_SECONDS_ALONE
         if decoding:
+            wanted = STEP_SECONDS_ALONE if urgent else STEP_SECONDS_BESIDE_DECODE
             left = max(
-                STEP_SECONDS_BESIDE_DECODE - self._decode,
+                wanted - self._decode,
                 min(self._decode, STEP_SECONDS_ALONE) * MOST_SLOWDOWN,
             )
         return min(self._most, decoding + max(LEAST_PREFILL, round(left / self._row)))

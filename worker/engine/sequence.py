@@ -157,6 +157,17 @@ class Sequence:
         )
         """A token is sampled and its text is told, and that is all."""
 
+    @property
+    def remaining(self) -> int:
+        """Tokens that are yet to be computed; 0 without a slot."""
+        slot = self.slot
+        return 0 if slot is None else len(slot.tokens) - slot.cached
+
+    @property
+    def awaited(self) -> bool:
+        """It goes on after an attempt that was lost: its client reads, and nothing comes yet."""
+        return self.job.replayed > 0 and self.remaining > 1
+
     def sample(self, row: Logits) -> int:
         """Draw the next token from a row of logits, which may be written to.
 
