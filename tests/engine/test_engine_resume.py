@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -96,7 +97,9 @@ async def resumed(
 ) -> list[Frame]:
     """What a client gets in all if the answer goes on on this engine."""
     attempt = new_attempt()
-    again = msgspec.structs.replace(wanted, attempt=attempt, resume=assembly.resume)
+    again = msgspec.structs.replace(
+        wanted, attempt=attempt, resume=assembly.resume, deadline=time.time() + 100
+    )
     assembly = assembly.again(attempt)
     rest = await frames_of(engine, again)
     assert isinstance(rest[-1], End), rest[-1]
