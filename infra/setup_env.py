@@ -5,18 +5,29 @@ that the Python that runs this is new enough.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
+from typing import IO
 
 EXTRAS = "router,worker,demo,dev"
 STAMP = ".mesh-env"
+ENGINE_STAMP = ".mesh-engine"
 LOG = "setup.log"
+ENGINE = "llama-cpp-python"
+WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+"""GCC before 11.5, 12.4, 13.3 and 14 drops all but the first bytes of the tile configuration that
+llama.cpp loads (GCC bug 114098), and the first matrix product ends in SIGILL. With other compilers
+too, one row would be computed by AVX-512 and several by AMX, and rounded otherwise."""
 STEP = re.compile(r"\[\s*(\d+)/(\d+)\]")
 PERCENT = re.compile(r"\[\s*(\d{1,3})%\]")
 PHASES = (
@@ -117,47 +128,80 @@ def check_tools() -> None:
         )
 
 
+def build_arguments() -> str:
+    """The user's `CMAKE_ARGS`, or ours: this CPU's instructions, but AMX."""
+    given = os.environ.get("CMAKE_ARGS")
+    if given is not None:
+        return given
+    arguments = ["-DGGML_NATIVE=ON"]
+    compiler = [*(shlex.split(os.environ.get("CXX", "")) or ["c++"]), *WITHOUT_AMX.split()]
+    probe = [*compiler, "-x", "c++", "-E", os.devnull]
+    if subprocess.run(probe, capture_output=True).returncode == 0:
+        arguments += [f"-DCMAKE_{language}_FLAGS={WITHOUT_AMX}" for language in ("C", "CXX")]
+    return shlex.join(arguments)
+
+
+def built_for(arguments: str) -> str:
+    """What a build depends on that its wheel's name does not tell: flags, compiler and CPU."""
+    digest = hashlib.sha256(f"{arguments} {platform.machine()}".encode())
+    for variable in ("CC", "CXX", "CFLAGS", "CXXFLAGS"):
+        digest.update(f"{variable}={os.environ.get(variable, '')}".encode())
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    digest.update(subprocess.run([*compiler, "--version"], capture_output=True).stdout)
+    with contextlib.suppress(OSError):
+        cpu = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+        found = re.search(r"^(?:flags|Features)\s*:.*$", cpu, re.MULTILINE)
+        digest.update(found.group().encode() if found else b"")
+    return digest.hexdigest()[:16]
+
+
+def build_cache(python: Path, build: str) -> dict[str, str]:
+    """Variables that keep one CPU's build from being another's: pip knows wheels by their name."""
+    asked = [str(python), "-m", "pip", "cache", "dir"]
+    told = subprocess.run(asked, capture_output=True, encoding="utf-8")
+    folder = told.stdout.strip()
+    return {"PIP_CACHE_DIR": f"{folder}/mesh-{build}"} if told.returncode == 0 and folder else {}
+
+
 def fingerprint(root: Path, cmake_args: str) -> str:
     """What the environment is made from; another fingerprint means: install again."""
     digest = hashlib.sha256()
-    for name in ("pyproject.toml", "constraints.txt"):
+    for name in ("pyproject.toml", "constraints.txt", "infra/setup_env.py"):
         digest.update((root / name).read_bytes())
     for part in (str(root), sys.version, EXTRAS, cmake_args):
         digest.update(part.encode())
     return digest.hexdigest()
 
 
-def run_pip(command: list[str], environment: dict[str, str], log_path: Path) -> None:
+def run_pip(
+    command: list[str], environment: dict[str, str], log: IO[str], progress: Progress
+) -> None:
     """Run pip, its output into the log and as progress onto the terminal.
 
     Raises:
         SetupError: pip failed; holds the end of its output.
     """
-    progress, reader = Progress(), BuildReader()
+    reader, tail = BuildReader(), deque[str](maxlen=30)
     progress.show("starting pip")
-    with (
-        log_path.open("w", encoding="utf-8") as log,
-        subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-        ) as pip,
-    ):
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    ) as pip:
         if pip.stdout is None:
             raise SetupError("pip has no output to read")
         for line in pip.stdout:
             log.write(line)
+            tail.append(line)
             if told := reader.read(line):
                 progress.show(told)
     if pip.returncode != 0:
         progress.end("failed")
-        tail = "".join(log_path.read_text(encoding="utf-8").splitlines(keepends=True)[-30:])
-        raise SetupError(f"pip failed; the end of {log_path}:\n\n{tail}")
-    progress.end("environment ready")
+        raise SetupError(f"pip failed; the end of {log.name}:\n\n{''.join(tail)}")
 
 
 def make(root: Path, venv: Path) -> None:
@@ -166,8 +210,7 @@ def make(root: Path, venv: Path) -> None:
     Raises:
         SetupError: something is missing, or a step failed.
     """
-    cmake_args = os.environ.get("CMAKE_ARGS", "-DGGML_NATIVE=ON")
-    mark = fingerprint(root, cmake_args)
+    mark = fingerprint(root, os.environ.get("CMAKE_ARGS", ""))
     stamp = venv / STAMP
     if stamp.exists() and stamp.read_text(encoding="ascii").strip() == mark:
         return
@@ -178,11 +221,21 @@ def make(root: Path, venv: Path) -> None:
         made = subprocess.run([sys.executable, "-m", "venv", str(venv)])
         if made.returncode != 0:
             raise SetupError(f"could not make the virtual environment {venv}")
-    environment = os.environ | {"CMAKE_ARGS": cmake_args, "PYTHONUNBUFFERED": "1"}
+    arguments = build_arguments()
+    environment = os.environ | {"CMAKE_ARGS": arguments, "PYTHONUNBUFFERED": "1"}
     environment.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
-    install = ["install", "--verbose", "--disable-pip-version-check"]
-    install += ["-c", str(root / "constraints.txt"), "-e", f"{root}[{EXTRAS}]"]
-    run_pip([str(python), "-m", "pip", *install], environment, venv / LOG)
+    pip = [str(python), "-m", "pip", "install", "--verbose", "--disable-pip-version-check"]
+    pip += ["-c", str(root / "constraints.txt")]
+    progress = Progress()
+    with (venv / LOG).open("w", encoding="utf-8") as log:
+        engine, build = venv / ENGINE_STAMP, built_for(arguments)
+        if not engine.exists() or engine.read_text(encoding="ascii").strip() != build:
+            cached = environment | build_cache(python, build)
+            # Whatever is there was built for something else.
+            run_pip([*pip, "--force-reinstall", "--no-deps", ENGINE], cached, log, progress)
+            engine.write_text(build + "\n", encoding="ascii")
+        run_pip([*pip, "-e", f"{root}[{EXTRAS}]"], environment, log, progress)
+    progress.end("environment ready")
     stamp.write_text(mark + "\n", encoding="ascii")
 
 

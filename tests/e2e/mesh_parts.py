@@ -72,6 +72,16 @@ class MeshParts:
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT) == 0, self.story()
 
+    def kill_worker(self) -> None:
+        """End it and its engine at once, as a host that fails does."""
+        process = self._processes.pop("mesh-worker")
+        below = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+        for child in below:
+            child.kill()
+        psutil.wait_procs(below, timeout=WAIT)
+
     def story(self) -> str:
         """All that was said, for the message of a failed test."""
         logs = sorted(self._folder.glob("*.txt"))

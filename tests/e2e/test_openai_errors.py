@@ -265,15 +265,31 @@ class TestNarrow:
         answer = patient.chat.completions.create(model=NAME, messages=HI, max_tokens=2)
         assert answer.choices[0].message.role == "assistant"
 
-    def test_an_engine_that_dies_breaks_the_stream_and_is_replaced(
+    def test_an_engine_that_dies_is_replaced_and_the_answer_goes_on(
+        self, narrow: MeshParts, patient: OpenAI
+    ):
+        asked: dict[str, Any] = {"model": NAME, "messages": HI, "max_tokens": 300, "seed": 1}
+        asked["extra_body"] = {"ignore_eos": True, "timings": True}
+        undisturbed = patient.chat.completions.create(**asked)
+        pieces: list[str] = []
+        with patient.chat.completions.create(stream=True, **asked) as stream:
+            for chunk in stream:
+                if not pieces:
+                    narrow.engine.kill()
+                pieces += [choice.delta.content or "" for choice in chunk.choices]
+        assert "".join(pieces) == undisturbed.choices[0].message.content
+        assert chunk.to_dict()["timings"]["resumed"] == 1  # type: ignore[index]
+
+    def test_a_stream_that_nobody_can_go_on_with_is_an_error(
         self, narrow: MeshParts, patient: OpenAI
     ):
         stream = patient.chat.completions.create(model=NAME, messages=HI, stream=True, **ENDLESS)
         with stream:
             assert next(stream).choices
-            narrow.engine.kill()
+            narrow.kill_worker()
             with pytest.raises(openai.APIError) as caught:
                 collections.deque(stream, maxlen=0)
         assert caught.value.code == "worker_failed"
+        narrow.start_worker()
         answer = patient.chat.completions.create(model=NAME, messages=HI, max_tokens=2)
         assert answer.choices[0].message.role == "assistant"

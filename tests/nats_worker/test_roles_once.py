@@ -49,7 +49,8 @@ class Standby:
     def __init__(self, bus: Bus, models: list[str]) -> None:
         self.name = bus.identity
         self.bus = bus
-        self.running: list[str] = []
+        self.running: dict[str, float] = {}
+        """Unix times since which models are ready."""
         self.started: list[str] = []
         self.changes: deque[RoleChange] = deque(maxlen=8)
         self.able = tuple(LoadableModel(name, 10, 1024, 4, 10, 0) for name in sorted(models))
@@ -78,16 +79,19 @@ class Standby:
         await self.bus.barrier()
 
     def presence(self) -> Beat:
-        models = tuple(ModelState(name, "ready", slots=4, memory=10) for name in self.running)
+        models = tuple(
+            ModelState(name, "ready", since=since, slots=4, memory=10)
+            for name, since in self.running.items()
+        )
         return Beat(self.name, "ready", 1, models, able=self.able, memory_budget=15)
 
     def start(self, model: str) -> bool:
         self.started.append(model)
-        self.running.append(model)
+        self.running[model] = time.time()
         return True
 
     async def stop(self, model: str) -> None:
-        self.running.remove(model)
+        del self.running[model]
 
     def is_pinned(self, model: str) -> bool:
         return False

@@ -78,8 +78,8 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+@pytest.fixture
+def made() -> dict[str, dict[str, str]]:
     """The files in the Secrets that `mesh kubernetes-secrets` prints."""
     told = io.StringIO()
     with contextlib.redirect_stdout(told):

@@ -1,6 +1,7 @@
 """The script that makes the environment stands alone, so it is loaded by its path."""
 
 import importlib.util
+import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -70,6 +71,42 @@ def test_an_environment_that_is_up_to_date_is_left_alone(
     monkeypatch.setenv("CMAKE_ARGS", "-DX=2")
     with pytest.raises(setup_env.SetupError):
         setup_env.make(ROOT, tmp_path)
+
+
+def fake_compiler(folder: Path, *, refuses: str) -> str:
+    compiler = folder / "compiler"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *{refuses}*) exit 1;; esac\n')
+    compiler.chmod(0o755)
+    return str(compiler)
+
+
+def test_llama_cpp_is_built_for_this_cpu_without_amx(
+    setup_env: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, refuses="nothing"))
+    flags = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    assert shlex.split(setup_env.build_arguments()) == [
+        "-DGGML_NATIVE=ON",
+        f"-DCMAKE_C_FLAGS={flags}",
+        f"-DCMAKE_CXX_FLAGS={flags}",
+    ]
+    # An older compiler, or one for another kind of CPU, knows no such flags.
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, refuses="-mno-amx-tile"))
+    assert setup_env.build_arguments() == "-DGGML_NATIVE=ON"
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=ON")
+    assert setup_env.build_arguments() == "-DGGML_CUDA=ON"
+
+
+def test_a_build_is_of_its_flags_and_its_compiler(
+    setup_env: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    built = setup_env.built_for("-DX=1")
+    assert setup_env.built_for("-DX=1") == built
+    assert setup_env.built_for("-DX=2") != built
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, refuses="nothing"))
+    assert setup_env.built_for("-DX=1") != built
 
 
 def test_constraints_are_exact_versions_without_addresses() -> None:
