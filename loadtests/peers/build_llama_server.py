@@ -37,10 +37,15 @@ CACHE = Path("~/.cache/mesh-peers")
 
 PROGRAMS = ("llama-server", "llama-batched-bench")
 
+WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "OFF",  # programs that can be moved
-    "GGML_NATIVE": "ON",  # as infra/setup_env.py builds our own
+    # these three as infra/setup_env.py builds our own, which tells why there is no AMX
+    "GGML_NATIVE": "ON",
+    "CMAKE_C_FLAGS": WITHOUT_AMX,
+    "CMAKE_CXX_FLAGS": WITHOUT_AMX,
     "LLAMA_BUILD_APP": "OFF",
     "LLAMA_BUILD_EXAMPLES": "OFF",
     "LLAMA_BUILD_SERVER": "ON",
