@@ -15,7 +15,7 @@ CHECKED := shared router worker mesh loadtests tests infra
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test slow soak lint format check bench-engine bench-router bench-routing bench-end-to-end bench-cancel bench-servers bench-memory peers bench-peers bench-speculation check-equality simulate clean distclean
+.PHONY: help env run test slow chaos soak lint format check bench-engine bench-router bench-routing bench-end-to-end bench-cancel bench-overload bench-slow-readers bench-servers bench-memory peers bench-peers bench-speculation check-equality simulate clean distclean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | \
@@ -37,7 +37,10 @@ test: env ## Run the tests (ARGS="-k name" and so on)
 	$(BIN)/pytest -m "not slow and not chaos and not soak$(foreach program,$(MISSING), and not $(program))" $(ARGS)
 
 slow: env ## Run the tests that take minutes each
-	$(BIN)/pytest -m "slow or chaos" $(ARGS)
+	$(BIN)/pytest -m slow $(ARGS)
+
+chaos: env ## Run the tests that kill, stop and cut off processes
+	$(BIN)/pytest -s -m chaos $(ARGS)
 
 soak: env ## Run the tests that look for leaks
 	$(BIN)/pytest -m soak $(ARGS)
@@ -71,6 +74,12 @@ bench-end-to-end: env ## HTTP through router and NATS against the engine alone
 
 bench-cancel: env ## From a client's leaving to its slot being free
 	$(BIN)/python -m loadtests.bench_cancel $(ARGS)
+
+bench-overload: env ## Five times the capacity: what is still answered, and how soon after
+	$(BIN)/python -m loadtests.bench_overload $(ARGS)
+
+bench-slow-readers: env ## 50 streams beside 200 clients that read a byte a second
+	$(BIN)/python -m loadtests.bench_slow_readers $(ARGS)
 
 bench-servers: env ## ASGI servers against each other; installs those that are not needed otherwise
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt granian hypercorn
