@@ -4,6 +4,7 @@ For tests that need a worker with settings of its own, or that end it.
 """
 
 import asyncio
+import json
 import secrets
 import signal
 import socket
@@ -13,9 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
-from mesh_process import clean_environment
+from mesh_process import clean_environment, mesh_command
 
 from mesh.models import resolve
 from shared.broker import Identity, NatsServer
@@ -58,6 +60,20 @@ class MeshParts:
     def engine(self) -> psutil.Process:
         (engine,) = self.worker.children()
         return engine
+
+    def model_state(self) -> dict[str, Any]:
+        """What the worker says of its model, as `mesh status` tells it."""
+        done = subprocess.run(
+            mesh_command("status", "--json"),
+            capture_output=True,
+            text=True,
+            env=clean_environment() | {"MESH_NATS": self._nats.url_for("mesh-1")},
+            timeout=60,
+            check=True,
+        )
+        (worker,) = json.loads(done.stdout)["workers"]
+        (model,) = worker["models"]
+        return dict(model)
 
     def start_router(self) -> None:
         self._start("mesh-router", "router-1", "--port", str(self._port))
@@ -118,6 +134,7 @@ def running_parts(folder: Path, model: str, *arguments: str) -> Iterator[MeshPar
     identities = [
         Identity("router-1", "router", secrets.token_hex(16)),
         Identity("worker-1", "worker", secrets.token_hex(16)),
+        Identity("mesh-1", "mesh", secrets.token_hex(16)),
     ]
     server = NatsServer(identities=identities, data_dir=folder / "nats")
     with asyncio.Runner() as runner:

@@ -220,6 +220,12 @@ def held(client: OpenAI) -> float:
     )
 
 
+def in_use(parts: MeshParts) -> tuple[int, int]:
+    """Slots that are taken, and requests that wait for one."""
+    state = parts.model_state()
+    return state["slots"] - state["free"], state["queued"]
+
+
 class TestNarrow:
     def test_a_name_with_a_slash_is_a_name(self, patient: OpenAI):
         assert [model.id for model in patient.models.list()] == [NAME]
@@ -252,6 +258,24 @@ class TestNarrow:
             thread.join(90)
             assert not thread.is_alive()
         assert len(answers) == 2
+
+    def test_time_in_the_queue_counts_and_what_expired_there_is_not_computed(
+        self, narrow: MeshParts, patient: OpenAI
+    ):
+        impatient = patient.with_options(max_retries=0)
+        running = patient.chat.completions.create(model=NAME, messages=HI, stream=True, **ENDLESS)
+        with running:
+            assert next(running).choices
+            eventually(lambda: in_use(narrow) == (1, 0), narrow.story)
+            computed = narrow.model_state()["prompt_tokens"]
+            with pytest.raises(openai.InternalServerError) as caught:
+                impatient.chat.completions.create(
+                    model=NAME, messages=HI, max_tokens=2, extra_headers={"X-Request-Timeout": "1"}
+                )
+            assert (caught.value.status_code, caught.value.code) == (504, "deadline_exceeded")
+            # Its place in the queue is free while the other still runs.
+            eventually(lambda: in_use(narrow) == (1, 0), narrow.story)
+            assert narrow.model_state()["prompt_tokens"] == computed
 
     def test_without_a_worker_it_is_unavailable_until_one_comes(
         self, narrow: MeshParts, patient: OpenAI

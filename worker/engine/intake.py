@@ -12,7 +12,7 @@ import time
 import msgspec
 import structlog
 
-from shared.errors import ContextExceeded, InvalidRequest, MeshError
+from shared.errors import ContextExceeded, DeadlineExceeded, InvalidRequest, MeshError
 from shared.protocol import (
     ChatInput,
     Constraint,
@@ -122,7 +122,8 @@ class Intake:
             return
         try:
             if request.deadline < time.time():
-                return  # its router has given up
+                # Told although its router has given up: the agent counts it until it is.
+                raise DeadlineExceeded("the deadline passed before its worker came to it")
             if isinstance(request, Embed):
                 self.arrivals.put(self._embedding(request, message))
             else:
