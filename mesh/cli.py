@@ -23,6 +23,7 @@ from mesh.errors import CommandError
 from mesh.fleet import Snapshot
 from mesh.parts import Speculation, UpSettings, identities
 from mesh.running import default_data_dir, find
+from mesh.verify import command as verify_command
 from mesh.worker_commands import app as worker_app
 from shared import __version__
 from shared.command_line import run_command, run_tokens, settings_from_file
@@ -301,7 +302,7 @@ def nats_config(
 def launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     config: Path | None = None,
-) -> None:
+) -> int:
     """Read the settings and run the command.
 
     Parameters
@@ -314,7 +315,7 @@ def launch(
     if config is not None:
         # The processes that `mesh up` starts read their own tables of it.
         os.environ["MESH_CONFIG"] = str(config.resolve())
-    run_tokens(app, tokens)
+    return run_tokens(app, tokens)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -356,6 +357,7 @@ def _whole(value: Any) -> Any:
 
 model_settings.register(models, _folder)
 kubernetes.register(app)
+verify_command.register(app)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -111,6 +111,7 @@ def test_every_setting_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> Non
         "models": "json nats data-dir config",
         "models requantize": "type force config",
         "chat": "url system data-dir config",
+        "verify": "model api-key timeout only skip burst streams drain-pid kill-pid json config",
         "nats-config": "routers workers host port store-dir",
         "kubernetes-secrets": "routers workers commands servers release namespace",
     }.items():
