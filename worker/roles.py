@@ -114,12 +114,14 @@ class Roles:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep(), name="leases")
             while True:
-                started = time.monotonic()
                 self._let_lost_go(group)
-                for action in self._decide():
+                started = time.monotonic()
+                actions = self._decide()
+                # Not what follows: a claim that is not answered waits, and decides nothing.
+                took = time.monotonic() - started
+                for action in actions:
                     await self._act(action, group)
                 await self._give_back()
-                took = time.monotonic() - started
                 await self._pause(max(GATHER, took / SHARE))
 
     async def release_all(self) -> None:

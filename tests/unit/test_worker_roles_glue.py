@@ -24,6 +24,7 @@ class PlayedLeases:
         self.verdict: Callable[[], bool] = lambda: True
         self.states: dict[str, str] = {}
         self.renewals = 0
+        self.answer_after = 0.0
 
     @property
     def held(self) -> frozenset[LeaseKey]:
@@ -31,6 +32,7 @@ class PlayedLeases:
 
     async def claim(self, key: LeaseKey, *, state: str = "loading") -> bool:
         self.claimed.append(key)
+        await asyncio.sleep(self.answer_after)
         if self.verdict():
             self.mine.add(key)
             return True
@@ -148,6 +150,20 @@ async def test_what_another_has_claimed_is_not_started(fleet: PlayedFleet) -> No
     await fleet.rounds()
     assert fleet.leases.claimed
     assert (fleet.started, fleet.told) == ([], [])
+
+
+async def test_a_claim_that_waits_for_its_answer_delays_no_decision(
+    fleet: PlayedFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Waiting is not deciding: of such a share of its time it would now be silent for minutes.
+    monkeypatch.setattr(worker.roles, "SHARE", 0.001)
+    fleet.leases.answer_after = 0.3
+    fleet.leases.verdict = lambda: False
+    fleet.say("promote")
+    await fleet.rounds()
+    fleet.leases.verdict = lambda: True
+    await fleet.rounds()
+    assert fleet.started
 
 
 async def test_what_cannot_be_started_is_given_back(fleet: PlayedFleet) -> None:
