@@ -35,6 +35,8 @@ def create_app(dispatcher: Dispatcher, settings: Settings) -> Front:
         lambda: dispatcher.bus.connected,
         held=dispatcher.waiting.counts,
         wishes=lambda: _wish(dispatcher),
+        retries=dispatcher.retries,
+        breakers=dispatcher.breakers,
     )
     app = Litestar(
         route_handlers=[

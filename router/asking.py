@@ -53,7 +53,7 @@ class Asking(ABC):
         self._request = request
         choices = request.n if isinstance(request, Generate) else 1
         self._assembly = Assembly(request.attempt, choices)
-        self._search = Search(desk.fleet, request, cache_key)
+        self._search = Search(desk.fleet, desk.breakers, request, cache_key)
         self._silence = Silence()
         self._base = 0
         self._body = b""
@@ -115,6 +115,11 @@ class Asking(ABC):
     def candidates(self) -> int:
         """Workers among which was chosen last; 0: none was known."""
         return self._search.candidates
+
+    @property
+    def barred(self) -> int:
+        """Workers that were left out of the last choice because they fail again and again."""
+        return self._search.barred
 
     @property
     def _heard(self) -> bool:
@@ -247,12 +252,12 @@ class Asking(ABC):
         except BusUnavailable as error:
             self._fail(WorkerFailed(f"The request could not be brought to its worker: {error}."))
 
-    def _ask_another(self) -> None:
+    def _ask_another(self, *, pause: float = 0.0) -> None:
         """Leave a try behind that led to nothing, and ask somebody else."""
         self._abandon()
         self._renew()
         self._asked_at = 0.0
-        self._move_on(pause=0.0)
+        self._move_on(pause=pause)
 
     def _abandon(self) -> None:
         """See to it that no worker goes on with the current attempt."""

@@ -14,6 +14,7 @@ A call is driven by what arrives, not by a task. `router.asking` finds the worke
 `router.handover` moves a running attempt whose worker wants to be rid of it.
 """
 
+import random
 import time
 
 import msgspec
@@ -21,6 +22,7 @@ import msgspec
 from router.asking import Asking
 from router.desk import Desk, Loss, Sink
 from router.handover import Handover
+from router.retrying import pause
 from router.search import Search
 from router.secret import attempt_number
 from shared.errors import DeadlineExceeded, MeshError, Unavailable, WorkerFailed, error_from_code
@@ -52,6 +54,7 @@ class Call(Asking):
         "_handover",
         "_losses",
         "_part",
+        "_proved",
         "_resumed",
         "_sink",
         "accepted_at",
@@ -70,6 +73,8 @@ class Call(Asking):
         self._resumed = 0
         """Attempts that went on behind tokens of others."""
         self._handover: Handover | None = None
+        self._proved = 0
+        """The attempt that was last told to have worked."""
         self.accepted_at = 0.0
         """When a worker took it (monotonic); 0: none has said so yet."""
         self.position = 0
@@ -102,7 +107,7 @@ class Call(Asking):
             error = error_from_code(
                 frame.code, frame.message, param=frame.param, retry_after=frame.retry_after
             )
-            if frame.lost:
+            if frame.lost or self._may_work_elsewhere(error):
                 self._lose("failed", error, self._assembly.worker)
             else:
                 self._fail(error)
@@ -110,12 +115,25 @@ class Call(Asking):
             self._hand_over()
         else:
             if isinstance(frame, End | EmbedResult):
+                self._works()
                 self._desk.demand.generated(self._request.model, frame.usage.completion)
                 self._close()
                 if self._resumed and isinstance(frame, End):
                     timings = msgspec.structs.replace(frame.timings, resumed=self._resumed)
                     frame = msgspec.structs.replace(frame, timings=timings)
             self._sink.frame(self._part, frame)
+
+    def _may_work_elsewhere(self, error: MeshError) -> bool:
+        """Whether the worker is at fault, nothing has come, and there is another one."""
+        if error.status < 500 or isinstance(error, DeadlineExceeded) or self._assembly.count:
+            return False
+        return self._search.others(self._assembly.worker)
+
+    def _works(self) -> None:
+        """The current attempt's worker does what it should."""
+        if self._proved != self._request.attempt:
+            self._proved = self._request.attempt
+            self._desk.breakers.worked(self._assembly.worker, self._asked_at)
 
     def _accepted(self, frame: Accepted) -> None:
         self.accepted_at = time.monotonic()
@@ -144,14 +162,26 @@ class Call(Asking):
             return
         elif not self._heard:
             if self._asked_at and now - self._asked_at > settings.accept_timeout:
-                self._search.refuse(self._target)
-                self._ask_another()
+                self._unanswered(now)
         else:
             self._watch(now)
 
+    def _unanswered(self, now: float) -> None:
+        """Nobody has said that the request was taken."""
+        if self._target:
+            self._desk.breakers.failed(self._target, self._asked_at)
+        self._search.refuse(self._target)
+        if self._assembly.count or self._desk.retries.take(now):
+            self._ask_another()
+        else:
+            self._give_up(_spent(WorkerFailed("No worker has taken the request in time.")))
+
     def _watch(self, now: float) -> None:
         """See whether tokens still come."""
-        quiet = self._silence.seconds(now, self._fresh)
+        fresh = self._fresh
+        if fresh:
+            self._works()
+        quiet = self._silence.seconds(now, fresh)
         worker, stall = self._assembly.worker, self._desk.settings.stall_timeout
         error = WorkerFailed("The worker fell silent before the answer was complete.")
         if self._silence.suspect:
@@ -169,11 +199,16 @@ class Call(Asking):
         if self._losses >= self._desk.settings.resumes:
             self._give_up(error)
             return
+        if worker:
+            self._desk.breakers.failed(worker, self._asked_at)
+        if not self._assembly.count and not self._desk.retries.take(time.monotonic()):
+            self._give_up(_spent(error))
+            return
         self._losses += 1
         self._loss = error
         self._count(reason)
         self._search.leave(worker, self._assembly.count)
-        self._ask_another()
+        self._ask_another(pause=pause(self._losses, random.random()))
 
     def _count(self, reason: Loss) -> None:
         self._resumed += self._assembly.count > 0
@@ -184,7 +219,7 @@ class Call(Asking):
         if self._handover is not None or not self._desk.settings.resumes:
             return
         request = self._request
-        search = Search(self._desk.fleet, request, self._cache_key)
+        search = Search(self._desk.fleet, self._desk.breakers, request, self._cache_key)
         door = search.elsewhere(self._assembly.worker, request.attempt)
         if door is not None:
             request = msgspec.structs.replace(self._resuming(request), attempt=attempt_number())
@@ -199,6 +234,7 @@ class Call(Asking):
         self._search.release()
         self._search = search
         self._begin_attempt(accepted.attempt)
+        self._asked_at = time.monotonic()
         self._desk.inbox.register(accepted.attempt, self)
         self._body = body
         self.receive(accepted)
@@ -260,3 +296,11 @@ class Call(Asking):
         if self._desk.waiting:
             self._desk.waiting.look((self._request.model,))
         self._desk.inbox.forget(self._request.attempt, self)
+
+
+def _spent(error: MeshError) -> MeshError:
+    """The error of a request that is not tried again."""
+    return type(error)(
+        f"{error.message} It was not tried again: too many requests of this router have failed "
+        "lately."
+    )

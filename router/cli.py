@@ -53,6 +53,7 @@ def serve(
     ping_interval: _Seconds = 10.0,
     stall_timeout: _Seconds = 10.0,
     resumes: Annotated[int, Parameter(validator=Number(gte=0))] = 3,
+    retry_share: Annotated[float, Parameter(validator=Number(gte=0, lte=1))] = 0.2,
     max_rtt: _Seconds = 80.0,
     far: bool = False,
     load_bound: Annotated[float, Parameter(validator=Number(gt=1))] = 1.75,
@@ -86,6 +87,9 @@ def serve(
         is one; after six times as many it is given up.
     resumes
         How often an answer may go on on another worker when its own is lost; 0 switches it off.
+    retry_share
+        Of all requests, how many may be tried anew when a worker fails them before their first
+        token, beside 10 a second that always may; what is beyond fails at once.
     max_rtt
         Milliseconds of round trip beyond which a worker gets nothing while a nearer one serves.
     far
@@ -115,6 +119,7 @@ def serve(
             ping_interval=ping_interval,
             stall_timeout=stall_timeout,
             resumes=resumes,
+            retry_share=retry_share,
             max_rtt=max_rtt / 1000,
             far=far,
             load_bound=load_bound,

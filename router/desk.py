@@ -3,9 +3,11 @@
 from collections.abc import Coroutine
 from typing import Any, Literal, Protocol
 
+from router.breakers import Breakers
 from router.demand import Demand
 from router.fleet import Fleet
 from router.inbox import Inbox
+from router.retrying import RetryBudget
 from router.settings import Settings
 from router.waiting import Held, WaitingRoom
 from shared.bus import Bus
@@ -45,6 +47,8 @@ class Desk(Protocol):
     settings: Settings
     demand: Demand
     waiting: WaitingRoom
+    breakers: Breakers
+    retries: RetryBudget
 
     def spawn(self, job: Coroutine[Any, Any, None]) -> None:
         """Run something beside."""

@@ -6,6 +6,7 @@ takes too long. `router.call` is the life of one attempt.
 
 import asyncio
 import math
+import random
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 import structlog
 
+from router.breakers import Breakers
 from router.call import Call
 from router.demand import Demand
 from router.demand_board import DemandBoard
@@ -21,6 +23,7 @@ from router.desk import Sink
 from router.fleet import EXPIRY, Fleet
 from router.inbox import Inbox
 from router.pings import Pings
+from router.retrying import RetryBudget
 from router.settings import Settings
 from router.waiting import Held, WaitingRoom
 from router.wishes import Wishes
@@ -78,6 +81,8 @@ class Dispatcher:
         self.wishes = Wishes(self.fleet.beats, self.board.demand, lambda: self.announcer.settings)
         self.pings = Pings(bus, self.distances, self.fleet.workers, self._unheard)
         self.inbox = Inbox(bus.inbox)
+        self.breakers = Breakers(time.monotonic, random.random)
+        self.retries = RetryBudget(settings.retry_share, time.monotonic())
         self.watched: set[Watched] = set()
         self.draining = False
         self.placed = 0
@@ -138,6 +143,7 @@ class Dispatcher:
         """
         self.placed += 1
         self.demand.requested(request.model)
+        self.retries.requested()
         return Call(self, request, sink, part, cache_key)
 
     def cancel(self, worker: str, attempt: int) -> None:

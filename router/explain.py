@@ -33,6 +33,8 @@ def explanation(
     if call.reason is not None:
         headers.append((b"x-mesh-reason", call.reason.encode()))
     headers.append((b"x-mesh-candidates", b"%d" % call.candidates))
+    if call.barred:
+        headers.append((b"x-mesh-open-breakers", b"%d" % call.barred))
     rtt = distances.rtt(call.worker)
     if rtt is not None:
         headers.append((b"x-mesh-rtt-ms", b"%.2f" % (rtt * 1e3)))

@@ -20,6 +20,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from router.breakers import Breakers
+from router.retrying import RetryBudget
 from shared.wish import Wish
 
 __all__ = ("UNKNOWN", "Distribution", "Metrics", "ModelMetrics")
@@ -104,11 +106,15 @@ class Metrics(Collector):
         connected: Callable[[], bool],
         held: Callable[[], Mapping[str, int]] = dict,
         wishes: Callable[[], Wish | None] = lambda: Wish({}, 0),
+        retries: RetryBudget | None = None,
+        breakers: Breakers | None = None,
     ) -> None:
         self._knows = knows
         self._connected = connected
         self._held = held
         self._wishes = wishes
+        self._retries = retries
+        self._breakers = breakers
         self._started = time.time()
         self._models: defaultdict[str, ModelMetrics] = defaultdict(ModelMetrics)
         self._registry = CollectorRegistry()
@@ -143,6 +149,7 @@ class Metrics(Collector):
             held.add_metric([name], count)
         yield held
         yield from self._wanted()
+        yield from self._failing()
         yield GaugeMetricFamily(
             "mesh_router_nats_connected", "Whether NATS is there", value=float(self._connected())
         )
@@ -166,6 +173,31 @@ class Metrics(Collector):
             "Workers that should be there, by the memory of those that are",
             value=wish.workers,
         )
+
+    def _failing(self) -> Iterable[Metric]:
+        if (budget := self._retries) is not None:
+            retries = CounterMetricFamily(
+                "mesh_router_retries",
+                "Tries anew before the first token; refused: the budget was used up",
+                labels=["outcome"],
+            )
+            retries.add_metric(["made"], budget.made)
+            retries.add_metric(["refused"], budget.refused)
+            yield retries
+        if (breakers := self._breakers) is not None:
+            states = GaugeMetricFamily(
+                "mesh_router_breaker_open",
+                "Workers that fail again and again: 1 while left alone, 0.5 while tried",
+                labels=["worker"],
+            )
+            for worker, state in breakers.states().items():
+                states.add_metric([worker], 1.0 if state == "open" else 0.5)
+            yield states
+            yield CounterMetricFamily(
+                "mesh_router_breakers_opened",
+                "How often a worker began to be left alone",
+                value=breakers.opened,
+            )
 
     def _counters(self) -> Iterable[Metric]:
         requests = CounterMetricFamily(

@@ -8,6 +8,7 @@ become free since; last where everybody known has refused.
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
+from router.breakers import Breakers
 from router.conversation import conversation_key, has_begun, rough_tokens
 from router.fleet import Fleet
 from shared import subjects
@@ -18,6 +19,9 @@ __all__ = ("STALE_INTEREST", "Door", "Search", "Why")
 
 GROUP_TRIES = 3
 MOST_PASSES = 2
+MOST_REFUSALS = 8
+"""Full workers that are asked: the emptiest come first, and a fleet that has no room is not to have
+each request of it knock at every door."""
 STALE_INTEREST = 0.0015
 """Seconds for which a new subscription may be unknown to another NATS node."""
 
@@ -40,6 +44,7 @@ class Search:
 
     __slots__ = (
         "_begun",
+        "_breakers",
         "_cache_key",
         "_fleet",
         "_group_tries",
@@ -50,19 +55,22 @@ class Search:
         "_model",
         "_passes",
         "_pool",
+        "_probing",
         "_refused",
         "_request",
         "_slots",
         "_taken",
         "_tokens",
         "_wary",
+        "barred",
         "busy",
         "candidates",
         "reason",
     )
 
-    def __init__(self, fleet: Fleet, request: Request, cache_key: str) -> None:
+    def __init__(self, fleet: Fleet, breakers: Breakers, request: Request, cache_key: str) -> None:
         self._fleet = fleet
+        self._breakers = breakers
         self._model = request.model
         # Only looked at where there is a choice: most meshes have one worker a model.
         self._request: Request | None = request
@@ -80,6 +88,10 @@ class Search:
         self._group_tries = 0
         self._pool: Pool | None = None
         self._taken = ""
+        self._probing = False
+        """Whether this is the one try of a worker that has failed again and again."""
+        self.barred = 0
+        """Candidates that were left out of the last choice because they fail again and again."""
         self.busy: list[float] = []
         """Seconds after which those who are full want to be asked again."""
         self.reason: Why | None = None
@@ -92,11 +104,18 @@ class Search:
         pool = self._fleet.pool(self._model)
         if pool is None:
             return self._ask_group() if self._may_ask_group else None
+        if len(self.busy) >= MOST_REFUSALS:
+            return None
         candidates = self.candidates = pool.candidates
-        open_to_all = pool.all_eligible and not self._wary
+        barred = self._bar(pool)
+        open_to_all = pool.all_eligible and not self._wary and not barred
         if open_to_all and not self._group_tries and (candidates == 1 or not pool.free):
             return self._ask_group()
-        choice = self._choose(pool, draw, self._left)
+        choice = self._choose(pool, draw, self._left, barred)
+        if choice is None and barred:
+            # Better one that may fail than none.
+            self.barred = 0
+            choice = self._choose(pool, draw, self._left)
         if choice is None and self._left and not self.busy:
             # Nobody else is there.
             self._left = ""
@@ -114,8 +133,10 @@ class Search:
         """The door of another than this worker that is thought to have a free slot."""
         self.release()
         pool = self._fleet.pool(self._model)
-        choice = self._choose(pool, draw, worker) if pool is not None else None
-        if pool is None or choice is None or not pool.has_room(choice.worker):
+        if pool is None:
+            return None
+        choice = self._choose(pool, draw, worker, self._bar(pool))
+        if choice is None or not pool.has_room(choice.worker):
             return None
         self.candidates, self.reason = pool.candidates, choice.reason
         self.take(choice.worker)
@@ -126,13 +147,22 @@ class Search:
         pool = self._fleet.pool(self._model)
         return pool is not None and any(name != worker for name in pool.eligible)
 
-    def _choose(self, pool: Pool, draw: int, left: str = "") -> Choice | None:
+    def _bar(self, pool: Pool) -> frozenset[str]:
+        barred = self._breakers.barred()
+        self.barred = sum(name in pool for name in barred)
+        return barred if self.barred else frozenset()
+
+    def _choose(
+        self, pool: Pool, draw: int, left: str = "", barred: frozenset[str] = frozenset()
+    ) -> Choice | None:
         if pool.candidates > 1 and self._request is not None:
             request, self._request = self._request, None
             self._key = conversation_key(request, self._cache_key)
             self._tokens = rough_tokens(request) if pool.contexts_differ else 0
             self._begun = has_begun(request)
         refused = self._refused | {left} if left else self._refused
+        if barred:
+            refused = refused | barred
         tokens = self._tokens + self._grown if self._tokens else 0
         return pool.choose(self._key, tokens=tokens, refused=refused, draw=draw, begun=self._begun)
 
@@ -169,11 +199,15 @@ class Search:
         if pool is not None:
             pool.placed(worker, self._slots)
             self._pool, self._taken = pool, worker
+            self._probing = self._breakers.try_once(worker)
 
     def release(self) -> None:
         """It is no worker's any more."""
         if self._pool is not None:
             self._pool.ended(self._taken, self._slots)
+            if self._probing:
+                self._probing = False
+                self._breakers.tried(self._taken)
             self._pool, self._taken = None, ""
 
     def refuse(self, worker: str) -> None:

@@ -29,6 +29,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How long a worker may fall silent between two tokens while another could go on."""
     resumes: int = 3
     """How often an answer whose attempt is lost may go on on another one; 0: never."""
+    retry_share: float = 0.2
+    """Of the requests, how many may be tried anew before their first token, beside a few a second
+    that always may (`router.retrying`)."""
     reader_timeout: float = 60.0
     """How long a client may leave a full connection unread."""
     max_rtt: float = CAP
