@@ -129,16 +129,13 @@ def check_tools() -> None:
 
 
 def build_arguments() -> str:
-    """The user's `CMAKE_ARGS`, or ours: this CPU's instructions, but AMX."""
-    given = os.environ.get("CMAKE_ARGS")
-    if given is not None:
-        return given
+    """For CMake: this CPU's instructions, but AMX; then the user's `CMAKE_ARGS`, which win."""
     arguments = ["-DGGML_NATIVE=ON"]
     compiler = [*(shlex.split(os.environ.get("CXX", "")) or ["c++"]), *WITHOUT_AMX.split()]
     probe = [*compiler, "-x", "c++", "-E", os.devnull]
     if subprocess.run(probe, capture_output=True).returncode == 0:
         arguments += [f"-DCMAKE_{language}_FLAGS={WITHOUT_AMX}" for language in ("C", "CXX")]
-    return shlex.join(arguments)
+    return f"{shlex.join(arguments)} {os.environ.get('CMAKE_ARGS', '')}".strip()
 
 
 def built_for(arguments: str) -> str:

@@ -94,8 +94,9 @@ def test_llama_cpp_is_built_for_this_cpu_without_amx(
     # An older compiler, or one for another kind of CPU, knows no such flags.
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, refuses="-mno-amx-tile"))
     assert setup_env.build_arguments() == "-DGGML_NATIVE=ON"
-    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=ON")
-    assert setup_env.build_arguments() == "-DGGML_CUDA=ON"
+    # The last one of two counts.
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_NATIVE=OFF")
+    assert setup_env.build_arguments() == "-DGGML_NATIVE=ON -DGGML_NATIVE=OFF"
 
 
 def test_a_build_is_of_its_flags_and_its_compiler(
