@@ -22,6 +22,7 @@ from router.demand_board import DemandBoard
 from router.desk import Sink
 from router.fleet import EXPIRY, Fleet
 from router.inbox import Inbox
+from router.metrics import Dropped
 from router.pings import Pings
 from router.retrying import RetryBudget
 from router.settings import Settings
@@ -34,6 +35,7 @@ from shared.errors import MeshError, ModelNotFound, QueueFull, Unavailable
 from shared.kv import Kv
 from shared.presence import RouterBeat, decode_beat, encode_beat
 from shared.protocol import Cancel, Request, encode
+from shared.rejects import Rejects
 from shared.routing import Routing
 from shared.settings import SettingsAnnouncer
 
@@ -80,7 +82,8 @@ class Dispatcher:
         self.announcer = SettingsAnnouncer(bus)
         self.wishes = Wishes(self.fleet.beats, self.board.demand, lambda: self.announcer.settings)
         self.pings = Pings(bus, self.distances, self.fleet.workers, self._unheard)
-        self.inbox = Inbox(bus.inbox)
+        self.rejects = Rejects()
+        self.inbox = Inbox(bus.inbox, self.rejects)
         self.breakers = Breakers(time.monotonic, random.random)
         self.retries = RetryBudget(settings.retry_share, time.monotonic())
         self.watched: set[Watched] = set()
@@ -126,6 +129,11 @@ class Dispatcher:
         Before that, a model whose workers are all busy looks like one that nobody serves.
         """
         return time.monotonic() - self._listening_since > HEARD_ALL
+
+    def dropped(self) -> Dropped:
+        """What came in from NATS and was not used, here and at the workers."""
+        workers = {beat.worker: beat.dropped for beat in self.fleet.beats() if beat.dropped}
+        return Dropped(self.rejects.counts, self.inbox.strays, workers)
 
     def spawn(self, job: Coroutine[Any, Any, None]) -> None:
         """Run something beside; what it raises is logged, and ends nothing else."""
@@ -207,10 +215,10 @@ class Dispatcher:
         try:
             beat = decode_beat(message.data)
         except msgspec.DecodeError as error:
-            log.warning("beat.undecodable", subject=message.subject, error=str(error))
+            self.rejects.add("beat", subject=message.subject, error=str(error))
             return
         if message.subject != subjects.beat(beat.worker):
-            log.warning("beat.misnamed", subject=message.subject, worker=beat.worker)
+            self.rejects.add("misnamed_beat", subject=message.subject, worker=beat.worker)
             return
         started = self.fleet.started(beat.worker)
         if not self.fleet.observe(beat, time.monotonic()):

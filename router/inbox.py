@@ -15,6 +15,7 @@ import structlog
 
 from shared.bus import Bus, BusMessage
 from shared.protocol import Frame, decode_frames
+from shared.rejects import Rejects
 
 __all__ = ("Inbox", "Receiver")
 
@@ -59,8 +60,11 @@ class Receiver(Protocol):
 class Inbox:
     """Attempts in flight and the reply slots they were sent with."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, rejects: Rejects) -> None:
         self._prefix = f"{prefix}.r."
+        self._rejects = rejects
+        self.strays = 0
+        """Frames of attempts that nobody waits for: late ones, or made up."""
         self._receivers: dict[int, Receiver] = {}
         self._slots: dict[int, Receiver] = {}
         self._slot_of: dict[int, int] = {}
@@ -114,12 +118,13 @@ class Inbox:
         try:
             frames = decode_frames(message.data)
         except msgspec.DecodeError as error:
-            log.warning("frames.undecodable", subject=message.subject, error=str(error))
+            self._rejects.add("frames", subject=message.subject, error=str(error))
             return
         receivers = self._receivers
         for frame in frames:
             receiver = receivers.get(frame.attempt)
             if receiver is None:
+                self.strays += 1
                 continue
             try:
                 receiver.receive(frame)

@@ -10,6 +10,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -24,7 +25,7 @@ from router.breakers import Breakers
 from router.retrying import RetryBudget
 from shared.wish import Wish
 
-__all__ = ("UNKNOWN", "Distribution", "Metrics", "ModelMetrics")
+__all__ = ("UNKNOWN", "Distribution", "Dropped", "Metrics", "ModelMetrics")
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 GAP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5, 10)
@@ -54,6 +55,16 @@ class Distribution:
             running += count
             buckets.append(("+Inf" if bound is None else repr(float(bound)), running))
         family.add_metric(labels, buckets, self._total)
+
+
+class Dropped(NamedTuple):
+    """What came in from NATS and was not used."""
+
+    messages: Mapping[str, int]
+    """By what was wrong with them."""
+    strays: int
+    workers: Mapping[str, int]
+    """Messages that a worker has dropped, as it says."""
 
 
 class ModelMetrics:
@@ -106,6 +117,7 @@ class Metrics(Collector):
         connected: Callable[[], bool],
         held: Callable[[], Mapping[str, int]] = dict,
         wishes: Callable[[], Wish | None] = lambda: Wish({}, 0),
+        dropped: Callable[[], Dropped] = lambda: Dropped({}, 0, {}),
         retries: RetryBudget | None = None,
         breakers: Breakers | None = None,
     ) -> None:
@@ -113,6 +125,7 @@ class Metrics(Collector):
         self._connected = connected
         self._held = held
         self._wishes = wishes
+        self._dropped = dropped
         self._retries = retries
         self._breakers = breakers
         self._started = time.time()
@@ -149,6 +162,7 @@ class Metrics(Collector):
             held.add_metric([name], count)
         yield held
         yield from self._wanted()
+        yield from self._rejected()
         yield from self._failing()
         yield GaugeMetricFamily(
             "mesh_router_nats_connected", "Whether NATS is there", value=float(self._connected())
@@ -198,6 +212,30 @@ class Metrics(Collector):
                 "How often a worker began to be left alone",
                 value=breakers.opened,
             )
+
+    def _rejected(self) -> Iterable[Metric]:
+        dropped = self._dropped()
+        messages = CounterMetricFamily(
+            "mesh_dropped_messages",
+            "Messages from NATS that this router could not read, or that spoke in another's name",
+            labels=["kind"],
+        )
+        for kind, count in dropped.messages.items():
+            messages.add_metric([kind], count)
+        yield messages
+        yield CounterMetricFamily(
+            "mesh_stray_frames",
+            "Frames of attempts that this router does not wait for (any more)",
+            value=dropped.strays,
+        )
+        workers = CounterMetricFamily(
+            "mesh_worker_dropped_messages",
+            "Messages from NATS that a worker could not use, as it tells",
+            labels=["worker"],
+        )
+        for worker, count in dropped.workers.items():
+            workers.add_metric([worker], count)
+        yield workers
 
     def _counters(self) -> Iterable[Metric]:
         requests = CounterMetricFamily(

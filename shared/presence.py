@@ -9,6 +9,9 @@ from typing import Literal
 
 import msgspec
 
+from shared.bounds import Count
+from shared.decoding import decoded
+
 __all__ = (
     "Beat",
     "LoadableModel",
@@ -113,6 +116,8 @@ class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
     """Bytes that the worker may use for all its models together; 0: not known yet."""
     changes: tuple[RoleChange, ...] = ()
     """The last few, the oldest first."""
+    dropped: Count = 0
+    """Messages that it could not use, since it began."""
 
 
 class RouterBeat(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -140,9 +145,9 @@ def encode_beat(beat: Beat | RouterBeat) -> bytes:
 
 def decode_beat(data: bytes) -> Beat:
     """Decode a worker's beat; raises msgspec.DecodeError."""
-    return _beat.decode(data)
+    return decoded(_beat, data)
 
 
 def decode_router_beat(data: bytes) -> RouterBeat:
     """Decode a router's beat; raises msgspec.DecodeError."""
-    return _router_beat.decode(data)
+    return decoded(_router_beat, data)

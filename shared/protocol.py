@@ -15,6 +15,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from shared import bounds
+from shared.decoding import decoded
+
 __all__ = (
     "VERSION",
     "Accepted",
@@ -109,22 +112,22 @@ class TextInput(msgspec.Struct, frozen=True, tag="text"):
 class TokenInput(msgspec.Struct, frozen=True, tag="tokens"):
     """A prompt that is tokenized already."""
 
-    tokens: tuple[int, ...]
+    tokens: tuple[bounds.Token, ...]
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How a token is drawn. The draw of token i depends on (seed, choice, i) and nothing else."""
 
     seed: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: bounds.Temperature = 1.0
+    top_p: bounds.Probability = 1.0
+    top_k: bounds.Count = 0
     """0: off."""
-    min_p: float = 0.0
-    repeat_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
+    min_p: bounds.Probability = 0.0
+    repeat_penalty: bounds.Positive = 1.0
+    presence_penalty: bounds.Number = 0.0
+    frequency_penalty: bounds.Number = 0.0
+    logit_bias: dict[int, bounds.Bias] = {}
     ignore_eos: bool = False
 
 
@@ -145,7 +148,7 @@ class Resumed(msgspec.Struct, frozen=True, array_like=True):
     string, of a tool call) follows from the tokens, and comes with those that complete it.
     """
 
-    tokens: tuple[int, ...] = ()
+    tokens: tuple[bounds.Token, ...] = ()
     """Empty for a choice that is done."""
     done: int = -1
     """Tokens of the choice, if its `Done` has come; else -1."""
@@ -161,13 +164,13 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
     model: str
     input: ChatInput | TextInput | TokenInput
     sampling: Sampling
-    deadline: float
+    deadline: bounds.UnixTime
     """Unix time in seconds after which nobody wants the answer."""
-    max_tokens: int | None = None
+    max_tokens: bounds.Count | None = None
     """Per choice; None: whatever the context leaves."""
-    n: int = 1
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
+    n: bounds.Choices = 1
+    stop: tuple[bounds.Stop, ...] = ()
+    logprobs: bounds.Count | None = None
     """None: off; k: the chosen token's and the k most likely ones'."""
     constraint: Constraint | None = None
     user: str = ""
@@ -175,7 +178,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
     """Whose request it is, as a hash of API key and user; empty: nobody's. What is kept across
     requests for speculation is kept apart by it."""
     traceparent: str = ""
-    body_size: int = 0
+    body_size: bounds.Count = 0
     """Set only in the head of a request whose body follows in chunks: its bytes in all."""
     resume: tuple[Resumed, ...] = ()
     """Empty at first; else one a choice."""
@@ -188,11 +191,11 @@ class Embed(msgspec.Struct, frozen=True, tag="embed", omit_defaults=True):
     attempt: int
     model: str
     inputs: tuple[TextInput | TokenInput, ...]
-    deadline: float
+    deadline: bounds.UnixTime
     dimensions: int | None = None
     user: str = ""
     traceparent: str = ""
-    body_size: int = 0
+    body_size: bounds.Count = 0
 
 
 Request = Generate | Embed
@@ -216,16 +219,16 @@ class Accepted(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="a"):
     """The worker has taken the attempt: it runs, or waits as number `position` in the queue."""
 
     attempt: int
-    worker: str
-    position: int = 0
+    worker: bounds.Name
+    position: bounds.Count = 0
 
 
 class Busy(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="b"):
     """Slots and queue are full; nothing was kept. `retry_after` is a guess in seconds."""
 
     attempt: int
-    worker: str
-    retry_after: float = 1.0
+    worker: bounds.Name
+    retry_after: bounds.Wait = 1.0
     reason: str = "full"
     """`full`, `draining` or `unknown_model`."""
 
@@ -261,7 +264,7 @@ class Delta(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="d"):
     attempt: int
     choice: int
     first: int
-    tokens: tuple[int, ...]
+    tokens: tuple[bounds.Token, ...]
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     tools: tuple[ToolDelta, ...] = ()
@@ -281,20 +284,20 @@ class Done(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="o"):
 class Usage(msgspec.Struct, frozen=True, array_like=True):
     """Tokens; `cached` are those of the prompt whose KV was reused."""
 
-    prompt: int
-    completion: int
-    cached: int = 0
-    drafted: int = 0
-    accepted: int = 0
+    prompt: bounds.Count
+    completion: bounds.Count
+    cached: bounds.Count = 0
+    drafted: bounds.Count = 0
+    accepted: bounds.Count = 0
 
 
 class Timings(msgspec.Struct, frozen=True, array_like=True):
     """Milliseconds on the worker; of a resumed answer, on the worker that ended it."""
 
-    queue_ms: float
-    prefill_ms: float
-    decode_ms: float
-    replayed: int = 0
+    queue_ms: bounds.Amount
+    prefill_ms: bounds.Amount
+    decode_ms: bounds.Amount
+    replayed: bounds.Count = 0
     """Tokens of the answer that earlier attempts had brought, in which no time of these went."""
     resumed: int = 0
     """How often the answer went on on another attempt; told by the router."""
@@ -360,19 +363,19 @@ def decode_request(data: bytes) -> Request:
     Raises:
         msgspec.DecodeError: not msgpack, or (ValidationError) not a request.
     """
-    return _request.decode(data)
+    return decoded(_request, data)
 
 
 def decode_frames(data: bytes) -> tuple[Frame, ...]:
     """Decode the list of frames that one message holds; raises as `decode_request`."""
-    return _frames.decode(data)
+    return decoded(_frames, data)
 
 
 def decode_cancel(data: bytes) -> Cancel:
     """Decode a cancellation; raises as `decode_request`."""
-    return _cancel.decode(data)
+    return decoded(_cancel, data)
 
 
 def decode_chunk(data: bytes) -> Chunk:
     """Decode a chunk of a large body; raises as `decode_request`."""
-    return _chunk.decode(data)
+    return decoded(_chunk, data)

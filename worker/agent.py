@@ -8,7 +8,7 @@ to stop, NATS is gone for good, or none of the models that it was told to serve 
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -20,11 +20,14 @@ from shared.command_line import CommandFailed
 from shared.kv import Kv
 from shared.leases import Leases
 from shared.protocol import decode_cancel, decode_chunk
+from shared.rejects import Rejects
 from shared.replicas import DEFAULT_TIMING, Timing
 from worker import hardware
+from worker.admission import Ticket
 from worker.beats import BEAT_SECONDS, Beats
 from worker.body import Bodies, BodyError
 from worker.catalog import ModelSource
+from worker.hearers import Hearers
 from worker.memory_budget import MemoryBudget
 from worker.outlook import Outlook
 from worker.preparing import ServingSettings
@@ -90,6 +93,7 @@ class Agent:
         self._released = asyncio.Event()
         self._stopping = threading.Event()
         self._failure = ""
+        self._rejects = Rejects()
 
     @property
     def engine_pids(self) -> dict[str, int | None]:
@@ -99,6 +103,9 @@ class Agent:
     @property
     def _servings(self) -> tuple[Serving, ...]:
         return tuple(self._roster or ())
+
+    def _tickets(self) -> Iterator[Ticket]:
+        return (ticket for serving in self._servings for ticket in serving.tickets)
 
     def stop(self) -> None:
         """Drain and end; when called again, end at once."""
@@ -130,6 +137,7 @@ class Agent:
             bus=bus,
             replies=replies,
             bodies=bodies,
+            rejects=self._rejects,
             budget=MemoryBudget(memory, len(self._pinned)),
             stopping=self._stopping,
             on_change=self._on_change,
@@ -140,6 +148,8 @@ class Agent:
         await bus.subscribe(
             subjects.body(identity), lambda message: self._on_chunk(message, bodies)
         )
+        hearers = Hearers(bus, self._tickets, self._cancel)
+        await hearers.open()
         echoes: asyncio.Queue[BusMessage] = asyncio.Queue(maxsize=1024)
         await bus.subscribe(subjects.ping(identity), lambda message: _keep(echoes, message))
         async with asyncio.TaskGroup() as group:
@@ -160,6 +170,7 @@ class Agent:
                     ("beats", beats.run()),
                     ("bodies", self._expire(bodies)),
                     ("echoes", _echo(bus, echoes)),
+                    ("hearers", hearers.run()),
                     ("survey", roster.survey()),
                     ("closed", self._watch(bus)),
                 )
@@ -184,7 +195,7 @@ class Agent:
             wall=time.time,
         )
         outlook = Outlook(bus.identity, leases.table, on_demand=self._poke_roles)
-        beats = Beats(bus, roster, memory=memory, pause=lambda: outlook.pause)
+        beats = Beats(bus, roster, self._rejects, memory=memory, pause=lambda: outlook.pause)
         roles = Roles(
             bus.identity,
             roster,
@@ -291,7 +302,7 @@ class Agent:
         try:
             attempts = decode_cancel(message.data).attempts
         except msgspec.DecodeError as error:
-            _log.warning("cancel.malformed", error=str(error))
+            self._rejects.add("cancel", error=str(error))
             return
         self._cancel(attempts)
 
@@ -303,7 +314,7 @@ class Agent:
         try:
             chunk = decode_chunk(message.data)
         except msgspec.DecodeError as error:
-            _log.warning("chunk.malformed", error=str(error))
+            self._rejects.add("chunk", error=str(error))
             return
         try:
             whole = bodies.add(chunk, time.monotonic())

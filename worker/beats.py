@@ -15,6 +15,7 @@ from shared import __version__, subjects
 from shared.bus import Bus, BusUnavailable
 from shared.kv import WORKERS, Kv
 from shared.presence import Beat, RoleChange, encode_beat
+from shared.rejects import Rejects
 from worker import hardware
 from worker.roster import Roster
 
@@ -30,13 +31,20 @@ class Beats:
     """Makes and sends the beats; `run` lasts until it is cancelled."""
 
     def __init__(
-        self, bus: Bus, roster: Roster, *, memory: int, pause: Callable[[], float]
+        self,
+        bus: Bus,
+        roster: Roster,
+        rejects: Rejects,
+        *,
+        memory: int,
+        pause: Callable[[], float],
     ) -> None:
         """Make them.
 
         Args:
             bus: where they go.
             roster: what is told of.
+            rejects: messages that were dropped.
             memory: bytes for all models together.
             pause: seconds between two beats that other workers hear.
         """
@@ -46,6 +54,7 @@ class Beats:
         self._bus = bus
         self._kv = Kv(bus)
         self._roster = roster
+        self._rejects = rejects
         self._memory = memory
         self._pause = pause
         self._changed = asyncio.Event()
@@ -83,6 +92,7 @@ class Beats:
             able=self._roster.able,
             memory_budget=self._memory,
             changes=tuple(self.changes),
+            dropped=self._rejects.total,
         )
 
     async def run(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 
 import msgspec
 
+from shared.decoding import decoded
 from shared.protocol import VERSION, Busy, Fail, Frame, Generate, Request, decode_request
 
 __all__ = ("VERSION_HEADER", "Rejected", "read_request", "weight")
@@ -19,6 +20,8 @@ class Rejected(msgspec.Struct, frozen=True):
 
     reason: str
     answer: Frame | None
+    bad: bool = False
+    """No worker could have taken it: its sender is not what it should be."""
 
 
 class _Attempt(msgspec.Struct):
@@ -74,15 +77,15 @@ def weight(request: Request) -> int:
 def _version_rejected(data: bytes, version: str) -> Rejected:
     reason = f"protocol version {version or 'missing'}; this worker speaks {VERSION}"
     try:
-        attempt = _attempt.decode(data).attempt
+        attempt = decoded(_attempt, data).attempt
     except msgspec.DecodeError:
-        return Rejected(reason, None)
-    return Rejected(reason, Fail(attempt, "unavailable", reason, retry_after=1))
+        return Rejected(reason, None, bad=True)
+    return Rejected(reason, Fail(attempt, "unavailable", reason, retry_after=1), bad=True)
 
 
 def _unreadable(data: bytes, why: str) -> Rejected:
     try:
-        attempt = _attempt.decode(data).attempt
+        attempt = decoded(_attempt, data).attempt
     except msgspec.DecodeError:
-        return Rejected(why, None)
-    return Rejected(why, Fail(attempt, "invalid_value", f"malformed request: {why}"))
+        return Rejected(why, None, bad=True)
+    return Rejected(why, Fail(attempt, "invalid_value", f"malformed request: {why}"), bad=True)

@@ -17,6 +17,7 @@ import structlog
 from shared.bus import Bus, BusMessage
 from shared.presence import ModelState
 from shared.protocol import VERSION, Accepted, Busy, Fail, Handback, Request
+from shared.rejects import Rejects
 from worker.admission import Admission, Admitted, Dropped, Ticket
 from worker.body import Bodies, Body, BodyError, Full
 from worker.catalog import ModelSource
@@ -47,6 +48,7 @@ class Surroundings(msgspec.Struct, frozen=True):
     bus: Bus
     replies: Replies
     bodies: Bodies
+    rejects: Rejects
     budget: MemoryBudget
     stopping: threading.Event
     on_change: Callable[[], None]
@@ -98,6 +100,11 @@ class Serving:
     def busy(self) -> int:
         """Attempts that run or wait."""
         return len(self._admission)
+
+    @property
+    def tickets(self) -> tuple[Ticket, ...]:
+        """Of all attempts that run or wait."""
+        return self._admission.tickets
 
     @property
     def state(self) -> State:
@@ -154,7 +161,7 @@ class Serving:
     def take(self, message: BusMessage) -> None:
         """A request has come through one of the doors."""
         if message.status or not message.reply:
-            self._log.warning("request.unanswerable", subject=message.subject)
+            self._around.rejects.add("unanswerable", subject=message.subject)
             return
         now = time.time()
         worker = self._around.bus.identity
@@ -162,7 +169,8 @@ class Serving:
             message.data, message.headers, worker=worker, names=self._source.names, now=now
         )
         if isinstance(request, Rejected):
-            self._log.warning("request.rejected", reason=request.reason)
+            tell = self._around.rejects.add if request.bad else self._log.warning
+            tell("request.rejected", reason=request.reason)
             if request.answer is not None:
                 self._around.replies.say(message.reply, request.answer)
             return
@@ -345,6 +353,9 @@ class Serving:
         admission, attempt = self._admission, request.attempt
         clock = time.monotonic()
         ticket = Ticket(attempt, message.reply, weight(request), clock)
+        if request.body_size and attempt in self._around.bodies and attempt not in admission:
+            self._around.rejects.add("attempt", request=request.id)  # it is another model's
+            return
         verdict = admission.offer(ticket, clock)
         if isinstance(verdict, Dropped):
             self._log.info("request.dropped", request=request.id, reason=verdict.reason)

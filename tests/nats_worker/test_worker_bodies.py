@@ -179,3 +179,18 @@ async def test_bodies_hold_a_bounded_number_of_bytes(start, router):
         asked = await router.send(head(whole(attempt, size=1), size), attempt, "tiny")
         answers.append(await asked.first())
     assert [type(answer) for answer in answers] == [Accepted] * 8 + [Busy] * 2
+
+
+async def test_an_attempt_whose_body_another_model_awaits_is_none(start, router):
+    await start("tiny", "other", slots=1)
+    request = whole(77)
+    data = encode(request)
+    asked = await begin(router, request, data)
+    twin = msgspec.structs.replace(request, model="other")
+    await router.send(head(twin, len(data)), 77, "other", worker="worker-1")
+    await router.beat("worker-1", lambda beat: beat.dropped == 1)
+    # It has taken no slot there, and nothing from the first.
+    await (await router.ask("tokens=1", model="other")).last()
+    await send_chunks(router, 77, data)
+    await asked.last()
+    assert asked.text == "t0 t1 "

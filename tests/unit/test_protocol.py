@@ -60,15 +60,25 @@ def values(node: Any, depth: int = 0) -> st.SearchStrategy[Any]:
             return st.sampled_from(node.values)
         case msgspec.inspect.AnyType():
             return plain
+        case msgspec.inspect.IntType():
+            return st.integers(_or(node.ge, -(2**63)), _or(node.le, 2**63 - 1))
+        case msgspec.inspect.FloatType():
+            least, above = _or(node.gt, node.ge), node.gt is not None
+            return st.floats(least, node.le, exclude_min=above, allow_nan=False)
+        case msgspec.inspect.StrType():
+            if node.pattern is not None:
+                return st.from_regex(node.pattern)
+            return st.text(min_size=node.min_length or 0)
     leaves: dict[type, st.SearchStrategy[Any]] = {
-        msgspec.inspect.IntType: st.integers(-(2**63), 2**63 - 1),
-        msgspec.inspect.FloatType: st.floats(allow_nan=False),
-        msgspec.inspect.StrType: st.text(),
         msgspec.inspect.BytesType: st.binary(),
         msgspec.inspect.BoolType: st.booleans(),
         msgspec.inspect.NoneType: st.none(),
     }
     return leaves[type(node)]
+
+
+def _or(bound: Any, otherwise: Any) -> Any:
+    return otherwise if bound is None else bound
 
 
 def any_of(kind: Any) -> st.SearchStrategy[Any]:
@@ -143,6 +153,82 @@ def test_what_is_no_message_raises_decode_error_and_nothing_else(decode: Any, da
     # What passes is a message: it encodes to something that decodes again.
     again = presence.encode_beat if "beat" in decode.__name__ else protocol.encode
     assert decode(again(decode(data))) == decode(data)
+
+
+DEEP = b"\x91" * 100_000 + b"\x90"
+
+
+@pytest.mark.parametrize(
+    ("decode", "data"),
+    [
+        (protocol.decode_frames, b"\x91\x93\xa1h\x01" + DEEP),
+        (protocol.decode_request, b"\x81\xa1x" + DEEP),
+        (protocol.decode_cancel, b"\x92\x91\x01" + DEEP),
+        (protocol.decode_chunk, b"\x94\x01\x00\xc4\x00" + DEEP),
+        (presence.decode_beat, b'{"x":' + b"[" * 100_000),
+    ],
+)
+def test_what_is_nested_too_deeply_is_no_message(decode: Any, data: bytes) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        decode(data)
+
+
+@pytest.mark.parametrize("data", [b"\x91\x92\xa1\xff\x01", b"\x91\x93\xa1a\x01\xa2\xc3\x28"])
+def test_text_that_is_not_utf_8_is_no_message(data: bytes) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        protocol.decode_frames(data)
+    with pytest.raises(msgspec.DecodeError):
+        protocol.decode_request(b"\x81" + data[2:])
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        ["a", 1, "worker.1"],
+        ["a", 1, "worker-1\r\nx: y"],
+        ["a", 1, ""],
+        ["b", 1, "worker-1", NAN],
+        ["b", 1, "worker-1", INFINITY],
+        ["d", 1, 0, 0, [2**31], ""],
+        ["d", 1, 0, 0, [-1], ""],
+        ["e", 1, [-1, 0], [0.0, 0.0, 0.0]],
+        ["e", 1, [2**60, 0], [0.0, 0.0, 0.0]],
+        ["e", 1, [1, 1], [NAN, 0.0, 0.0]],
+        ["e", 1, [1, 1], [0.0, INFINITY, 0.0]],
+    ],
+    ids=str,
+)
+def test_what_no_honest_worker_says_is_refused(frame: list[Any]) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        protocol.decode_frames(protocol.encode([frame]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"deadline": NAN},
+        {"deadline": INFINITY},
+        {"n": 0},
+        {"n": 10**9},
+        {"body_size": -1},
+        {"stop": [""]},
+        {"sampling": {"seed": 1, "temperature": NAN}},
+        {"sampling": {"seed": 1, "top_p": 2.0}},
+        {"sampling": {"seed": 1, "repeat_penalty": 0.0}},
+        {"sampling": {"seed": 1, "logit_bias": {1: INFINITY}}},
+        {"resume": [[[2**31]]]},
+    ],
+    ids=str,
+)
+def test_what_no_honest_router_asks_for_is_refused(wrong: dict[str, Any]) -> None:
+    asked = {"type": "generate", "id": "r", "attempt": 1, "model": "m", "deadline": 1.0}
+    asked |= {"input": {"type": "text", "text": "x"}, "sampling": {"seed": 1}}
+    assert isinstance(protocol.decode_request(protocol.encode(asked)), Generate)
+    with pytest.raises(msgspec.ValidationError):
+        protocol.decode_request(protocol.encode(asked | wrong))
 
 
 @pytest.mark.parametrize("kind", _FRAMES, ids=lambda kind: kind.__name__)
