@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,7 @@ class Told:
     """One stream as its client saw it."""
 
     kind: str
+    url: str = ""
     text: str = ""
     calls: dict[int, list[str]] = field(default_factory=dict)
     """By index: id, name, arguments."""
@@ -90,6 +91,8 @@ class Told:
     whole: bool = False
     times: list[float] = field(default_factory=list)
     """When events came (monotonic)."""
+    ended: float = 0.0
+    """When it was over, one way or another (monotonic)."""
 
     @property
     def said(self) -> tuple[Any, ...]:
@@ -121,19 +124,31 @@ class Told:
 
 
 async def run(
-    url: str,
+    urls: str | Sequence[str],
     asked: list[tuple[str, dict[str, Any]]],
     during: Callable[[list[Told]], None] | None = None,
     after: int = 8,
 ) -> list[Told]:
-    """Run all streams at once; `during` is called when most of them have had `after` events."""
-    told = [Told(kind) for kind, _ in asked]
+    """Run all streams at once, by turns at the URLs.
+
+    `during` is called when most of them have had `after` events. What ends a connection is told as
+    the error of its stream.
+    """
+    bases = (urls,) if isinstance(urls, str) else urls
+    told = [Told(kind, url=bases[n % len(bases)]) for n, (kind, _) in enumerate(asked)]
     enough = asyncio.Event()
     async with httpx.AsyncClient(timeout=120, trust_env=False, limits=httpx.Limits()) as client:
 
         async def one(mine: Told, body: dict[str, Any]) -> None:
+            try:
+                await read(mine, body)
+            except httpx.HTTPError as error:
+                mine.error = f"{type(error).__name__}: {error}"
+            mine.ended = time.monotonic()
+
+        async def read(mine: Told, body: dict[str, Any]) -> None:
             async with client.stream(
-                "POST", f"{url}/chat/completions", json=body, headers={"x-mesh-explain": "1"}
+                "POST", f"{mine.url}/chat/completions", json=body, headers={"x-mesh-explain": "1"}
             ) as answer:
                 if answer.status_code != 200:
                     mine.error = (await answer.aread()).decode()

@@ -29,7 +29,7 @@ def outcomes(done: "subprocess.CompletedProcess[str]") -> dict[str, dict[str, An
 
 
 def test_a_system_passes_all_that_does_not_hurt(mesh_system: MeshUp) -> None:
-    done = verify(mesh_system.base_url, "--json")
+    done = verify(mesh_system.base_url, "--burst", "12", "--json")
     checks = outcomes(done)
     for name, row in checks.items():
         hurts = name.startswith("failover.")

@@ -1,0 +1,176 @@
+"""Routers and workers as processes, each with a user of its own, on a nats-server that may go away.
+
+As on many hosts: each part is started alone, and nobody restarts it but the test.
+"""
+
+import asyncio
+import contextlib
+import secrets
+import signal
+import socket
+import subprocess
+import sysconfig
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import httpx
+import psutil
+from mesh_process import clean_environment
+
+from mesh.fleet import Fleet as Heard
+from mesh.models import resolve
+from shared import subjects
+from shared.broker import Identity, NatsServer
+from shared.bus import Bus
+
+WAIT = 90.0
+"""Only keeps a broken test from hanging."""
+MODEL = "pair"
+ROUTERS = ("router-1", "router-2")
+WORKERS = ("worker-1", "worker-2")
+
+__all__ = ("MODEL", "ROUTERS", "WAIT", "WORKERS", "Fleet", "running_fleet")
+
+
+class Fleet:
+    """Two routers, and two workers with the real model; `heard` is what they tell of themselves."""
+
+    # One worker has room for the streams of both: what is measured is not a queue.
+    slots = 32
+
+    def __init__(self, folder: Path, nats: NatsServer) -> None:
+        self.nats = nats
+        self.heard = Heard()
+        self._folder = folder
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._ports = {name: _free_port() for name in ROUTERS}
+        (file,) = resolve((), folder)
+        models = folder / "models"
+        models.mkdir()
+        (models / "models.toml").write_text(f'[models."{MODEL}"]\nfile = "{file.file}"\n')
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        return tuple(self.url(name) for name in ROUTERS)
+
+    def url(self, router: str) -> str:
+        return f"http://127.0.0.1:{self._ports[router]}/v1"
+
+    def start_router(self, name: str) -> None:
+        self._start("mesh-router", name, "", "--port", str(self._ports[name]))
+
+    def start_worker(self, name: str, nats_url: str = "") -> None:
+        self._start(
+            "mesh-worker",
+            name,
+            nats_url,
+            *("--models", str(self._folder / "models"), "--pin-all", "--threads", "1"),
+            *("--slots", str(self.slots), "--ctx", "1024"),
+        )
+
+    def process(self, name: str) -> psutil.Process:
+        return psutil.Process(self._processes[name].pid)
+
+    def kill(self, name: str) -> None:
+        """As when its host loses power."""
+        self._processes[name].kill()
+        self._processes.pop(name).wait(WAIT)
+
+    def busy(self, *workers: str) -> int:
+        """Attempts that run or wait on these workers, as they tell."""
+        beats = [self.heard.workers[name] for name in workers if name in self.heard.workers]
+        return sum(model.busy for beat in beats for model in beat.models)
+
+    async def serves(self) -> bool:
+        """Whether each router passes requests on, and knows of both workers."""
+        async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+            for name, url in zip(ROUTERS, self.urls, strict=True):
+                if name not in self._processes:
+                    continue
+                try:
+                    ready = await client.get(f"{url.removesuffix('/v1')}/readyz")
+                    listed = (await client.get(f"{url}/models")).json()["data"]
+                except httpx.HTTPError:
+                    return False
+                workers = [m["meta"]["workers"] for m in listed if m["id"] == MODEL]
+                if ready.status_code != 200 or workers != [len(WORKERS)]:
+                    return False
+        return True
+
+    async def until(self, holds: Callable[[], object], within: float = WAIT) -> float:
+        """Wait until it holds; the seconds that it took."""
+        began = time.monotonic()
+        while True:
+            result = holds()
+            if await result if asyncio.iscoroutine(result) else result:
+                return time.monotonic() - began
+            assert time.monotonic() - began < within, self.story()
+            await asyncio.sleep(0.02)
+
+    def story(self) -> str:
+        """All that was said, for the message of a failed test."""
+        logs = [*sorted(self._folder.glob("*.txt")), self.nats.log_file]
+        return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in logs if path.exists())
+
+    def clear_away(self) -> None:
+        """Leave nothing behind, whatever has gone wrong."""
+        below = []
+        for process in self._processes.values():
+            if process.poll() is None:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    mine = psutil.Process(process.pid)
+                    below += mine.children(recursive=True)
+                    for one in (mine, *below):
+                        one.resume()
+                process.send_signal(signal.SIGTERM)
+                # A second one ends it at once.
+                process.send_signal(signal.SIGTERM)
+        for process in self._processes.values():
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for child in psutil.wait_procs(below, timeout=10)[1]:
+            child.kill()
+
+    def _start(self, script: str, name: str, nats_url: str, *arguments: str) -> None:
+        with (self._folder / f"{name}.txt").open("ab") as log:
+            self._processes[name] = subprocess.Popen(
+                [str(Path(sysconfig.get_path("scripts")) / script), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=clean_environment() | {"MESH_NATS": nats_url or self.nats.url_for(name)},
+            )
+
+
+@contextlib.asynccontextmanager
+async def running_fleet(
+    folder: Path, through: Callable[[str, str], str] = lambda _, url: url
+) -> AsyncIterator[Fleet]:
+    """All of it, ready; `through` may give a worker another URL of the server."""
+    identities = [Identity(name, "router", secrets.token_hex(16)) for name in ROUTERS]
+    identities += [Identity(name, "worker", secrets.token_hex(16)) for name in WORKERS]
+    identities.append(Identity("mesh-1", "mesh", secrets.token_hex(16)))
+    async with NatsServer(identities=identities, data_dir=folder / "nats") as nats:
+        fleet = Fleet(folder, nats)
+        try:
+            for name in ROUTERS:
+                fleet.start_router(name)
+            for name in WORKERS:
+                fleet.start_worker(name, through(name, nats.url_for(name)))
+            url = nats.url_for("mesh-1")
+            async with Bus.connect(url, identity="mesh-1", kind="mesh") as bus:
+                await bus.subscribe(subjects.BEATS, lambda m: fleet.heard.hear(m.data))
+                await bus.subscribe(subjects.ROUTERS, lambda m: fleet.heard.hear_router(m.data))
+                await fleet.until(fleet.serves)
+                yield fleet
+        finally:
+            fleet.clear_away()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        return int(holder.getsockname()[1])
