@@ -16,7 +16,7 @@ import structlog
 
 from shared.bus import Bus, BusMessage
 from shared.presence import ModelState
-from shared.protocol import VERSION, Accepted, Busy, Fail, Handback, Request
+from shared.protocol import VERSION, Accepted, Busy, Fail, Request
 from shared.rejects import Rejects
 from worker.admission import Admission, Admitted, Dropped, Ticket
 from worker.body import Bodies, Body, BodyError, Full
@@ -24,6 +24,7 @@ from worker.catalog import ModelSource
 from worker.doors import Doors, Wanted
 from worker.engine_process import EngineGaveUp, EngineProcess
 from worker.gguf_header import GgufError, Header
+from worker.handing_back import hand_back
 from worker.hub import DownloadStopped, HubError
 from worker.intake import VERSION_HEADER, Rejected, read_request, weight
 from worker.link import EngineStats, Ready, Step, Submit
@@ -33,9 +34,6 @@ from worker.rate import Rate
 from worker.replies import Replies
 
 __all__ = ("Serving", "Surroundings")
-
-HANDBACK_SECONDS = 1.0
-"""Between two offers to take an attempt elsewhere: a worker that could may come at any time."""
 
 State = Literal["loading", "ready", "draining", "failed"]
 
@@ -126,7 +124,8 @@ class Serving:
         try:
             async with asyncio.TaskGroup() as group:
                 doors = group.create_task(self._doors.run(), name=f"doors {self.name}")
-                offers = group.create_task(self._offer(), name=f"offers {self.name}")
+                offering = hand_back(self._draining, lambda: self.tickets, self._around.replies)
+                offers = group.create_task(offering, name=f"offers {self.name}")
                 await self._serve()
                 doors.cancel()
                 offers.cancel()
@@ -231,17 +230,6 @@ class Serving:
         self._admission.draining = True
         self._draining.set()
         self._doors.poke()
-
-    async def _offer(self) -> None:
-        """While draining, tell routers that they may take their attempts elsewhere.
-
-        Only an offer: where nobody else serves the model, or has a slot free, they stay here.
-        """
-        await self._draining.wait()
-        while True:
-            for ticket in self._admission.tickets:
-                self._around.replies.say(ticket.reply, Handback(ticket.attempt))
-            await asyncio.sleep(HANDBACK_SECONDS)
 
     async def idle(self) -> None:
         """Return when nothing runs or waits."""

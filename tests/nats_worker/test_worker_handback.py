@@ -6,14 +6,14 @@ import psutil
 import pytest
 
 from shared.protocol import Delta, End, Fail, Handback
-from worker import serving
+from worker import handing_back
 
 pytestmark = pytest.mark.nats
 
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "HANDBACK_SECONDS", 0.1)
+    monkeypatch.setattr(handing_back, "HANDBACK_SECONDS", 0.1)
 
 
 def offers(asked) -> int:
