@@ -49,7 +49,7 @@ def register(app: App) -> None:
         Parameters
         ----------
         url
-            Base URL of the endpoint, as http://127.0.0.1:9337/v1.
+            Base URL of the endpoint, as http://127.0.0.1:9337/v1; /v1 may be left out.
         model
             Name of the model to ask. Without it, the first that is served.
         api_key
@@ -112,7 +112,8 @@ def _base(url: str) -> str:
         raise Refused(f"{url!r} is not a URL: {error}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
         raise Refused(f"{url!r} is not a URL of an endpoint; wanted http://HOST:PORT/v1")
-    return url.rstrip("/")
+    # What people paste is often the address alone.
+    return url.rstrip("/") if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1"
 
 
 def _ours(flag: str, pid: int | None) -> int | None:

@@ -222,8 +222,10 @@ def test_a_wrong_command_line_is_one_line_and_2(
     assert reason in told
 
 
-def test_nobody_there_is_one_line_and_1(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", "http://127.0.0.1:9/v1"]) == 1
+@pytest.mark.parametrize("path", ["/v1", "/v1/", "", "/"])
+def test_nobody_there_is_one_line_and_1(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # An address without a path is the base URL's.
+    assert main(["verify", f"http://127.0.0.1:9{path}"]) == 1
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err.count("\n") == 1
