@@ -38,7 +38,7 @@ from router.problems import MethodNotAllowed
 from router.secret import attempt_number
 from router.settings import Settings
 from shared.errors import InvalidRequest, Unavailable
-from shared.protocol import Generate, TextInput
+from shared.protocol import Embed, Generate, TextInput
 
 __all__ = ("RequestTimeout", "inference_routes")
 
@@ -55,6 +55,7 @@ RequestTimeout = Annotated[
 """`X-Request-Timeout`: how long the answer may take in all."""
 _decode_timeout = msgspec.json.Decoder(RequestTimeout).decode
 
+_Owned = TypeVar("_Owned", Generate, Embed)
 _Named = TypeVar("_Named", ChatRequest, CompletionRequest, EmbeddingRequest)
 
 
@@ -68,10 +69,10 @@ class Origin(NamedTuple):
     explain: bool
     """Whether the answer should say why it came from where it came."""
 
-    def own(self, generate: Generate) -> Generate:
+    def own(self, request: _Owned) -> _Owned:
         """Say whose request it is."""
-        owner = owner_of(self.key, generate.user)
-        return msgspec.structs.replace(generate, owner=owner) if owner else generate
+        owner = owner_of(self.key, request.user)
+        return msgspec.structs.replace(request, owner=owner) if owner else request
 
 
 def inference_routes(
@@ -133,10 +134,11 @@ def inference_routes(
 
     def embeddings(origin: Origin) -> Exchange:
         wanted = named(parse_embedding(origin.body), origin, embeddings=True)
+        embed = embedding_to_embed(wanted, attempt_number(), **origin.fields)
         return Exchange(
             dispatcher,
             metrics,
-            requests=[embedding_to_embed(wanted, attempt_number(), **origin.fields)],
+            requests=[origin.own(embed)],
             answer=EmbeddingAnswer(wanted.model, as_base64=wanted.encoding_format == "base64"),
             stream=False,
             route=EMBEDDINGS,

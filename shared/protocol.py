@@ -36,6 +36,7 @@ __all__ = (
     "Generate",
     "Handback",
     "Message",
+    "Priority",
     "Request",
     "Resumed",
     "Sampling",
@@ -57,6 +58,10 @@ __all__ = (
 
 VERSION = "1"
 """Value of the `Mesh-Version` header; a worker refuses a request of another major version."""
+
+
+Priority = Literal["interactive", "batch"]
+"""`batch` may wait for those that are `interactive`."""
 
 
 class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -176,12 +181,13 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
     user: str = ""
     owner: str = ""
     """Whose request it is, as a hash of API key and user; empty: nobody's. What is kept across
-    requests for speculation is kept apart by it."""
+    requests for speculation is kept apart by it, and those who wait take turns by it."""
     traceparent: str = ""
     body_size: bounds.Count = 0
     """Set only in the head of a request whose body follows in chunks: its bytes in all."""
     resume: tuple[Resumed, ...] = ()
     """Empty at first; else one a choice."""
+    priority: Priority = "interactive"
 
 
 class Embed(msgspec.Struct, frozen=True, tag="embed", omit_defaults=True):
@@ -196,6 +202,9 @@ class Embed(msgspec.Struct, frozen=True, tag="embed", omit_defaults=True):
     user: str = ""
     traceparent: str = ""
     body_size: bounds.Count = 0
+    owner: str = ""
+    """As in `Generate`."""
+    priority: Priority = "interactive"
 
 
 Request = Generate | Embed

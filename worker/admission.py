@@ -1,12 +1,22 @@
 """Who may come in: the exact account of one model's slots and queue.
 
-Pure policy: no clock, no socket. The agent offers every arrival, releases what the engine reports
-as over, and empties the account when the engine dies; what is free follows from that alone.
+Pure policy: no clock, no socket. The agent offers every arrival, notes what the engine reports as
+started and as over, and empties the account when the engine dies; what is free follows from that
+alone. Who of those that wait is next is the engine's choice (`worker.engine.fair_queue`).
+
+What is in is never put out again. So that there is room for others, a newcomer is refused before
+the queue is full if its owner, or batch requests, have much of it already: an owner `OWNER_SHARE`
+times the places that are free, batch requests as many as are free. With 64 places that is 48 for
+one owner and 32 for batch requests, and a place for whoever comes next. It is so only where there
+is somebody to keep them for: another owner, or an interactive request, within `LATELY`.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
 
 import msgspec
+
+from shared.protocol import Priority
 
 __all__ = ("Admission", "Admitted", "Dropped", "Refused", "Ticket", "Verdict")
 
@@ -16,6 +26,10 @@ SPENT_SECONDS = 60.0
 SPENT_LIMIT = 16_384
 """Attempts remembered at most; the oldest are forgotten first."""
 
+OWNER_SHARE = 3
+LATELY = 60.0
+"""Seconds for which the queue is shared after somebody else has come."""
+
 
 class Ticket(msgspec.Struct, frozen=True):
     """One attempt that holds `weight` slots, or waits for them."""
@@ -23,11 +37,14 @@ class Ticket(msgspec.Struct, frozen=True):
     attempt: int
     reply: str
     weight: int = 1
-    arrived: float = 0.0
+    owner: str = ""
+    priority: Priority = "interactive"
+    started: float = 0.0
+    """When it got its slots."""
 
 
 class Admitted(msgspec.Struct, frozen=True):
-    """The attempt is in: position 0 runs, others wait in that place."""
+    """The attempt is in: position 0 runs, of others so many wait, itself included."""
 
     position: int
 
@@ -49,7 +66,7 @@ Verdict = Admitted | Refused | Dropped
 
 
 class Admission:
-    """Slots and bounded queue of one model, first come first served."""
+    """Slots and bounded queue of one model."""
 
     def __init__(self, slots: int, queue_limit: int) -> None:
         if slots < 1 or queue_limit < 0:
@@ -62,6 +79,11 @@ class Admission:
         self._used = 0
         self._spent: OrderedDict[int, float] = OrderedDict()
         self._seconds = 1.0
+        self._waiting_of: Counter[str] = Counter()
+        self._waiting_batch = 0
+        self._last_owner: str | None = None
+        self._owners_until = 0.0
+        self._interactive_until = 0.0
 
     def __contains__(self, attempt: int) -> bool:
         return attempt in self._running or attempt in self._waiting
@@ -72,7 +94,7 @@ class Admission:
     @property
     def free(self) -> int:
         """Slots a newcomer could use at once; none while anybody waits before it."""
-        return 0 if self._waiting else self.slots - self._used
+        return 0 if self._waiting else max(0, self.slots - self._used)
 
     @property
     def queued(self) -> int:
@@ -97,29 +119,43 @@ class Admission:
             return Dropped("spent")
         if self.draining:
             return Refused("draining", 1.0)
+        self._note(ticket, now)
         # A request wider than the model would wait for ever; it runs with all the slots there are.
         if ticket.weight > self.slots:
             ticket = msgspec.structs.replace(ticket, weight=self.slots)
         if ticket.weight <= self.free:
-            self._start(ticket)
+            self._start(ticket, now)
             return Admitted(0)
-        if len(self._waiting) >= self.queue_limit:
-            return Refused("full", self._retry_after())
+        if not self._has_place(ticket, now):
+            return Refused("full", self._retry_after(now))
         self._waiting[ticket.attempt] = ticket
+        self._waiting_of[ticket.owner] += 1
+        self._waiting_batch += ticket.priority == "batch"
         return Admitted(len(self._waiting))
 
+    def started(self, attempts: Iterable[int], now: float) -> bool:
+        """The engine has given these their slots; returns whether any of them was waiting.
+
+        Of those that ran at once it is known, and those that are out may be told of, too.
+        """
+        any_left = False
+        for attempt in attempts:
+            ticket = self._leave_queue(attempt)
+            if ticket is not None:
+                self._start(ticket, now)
+                any_left = True
+        return any_left
+
     def release(self, attempt: int, now: float) -> Ticket | None:
-        """Forget an attempt that is over; its slots go to those who wait."""
+        """Forget an attempt that is over."""
         ticket = self._running.pop(attempt, None)
         if ticket is not None:
             self._used -= ticket.weight
-            self._seconds += 0.1 * (max(0.0, now - ticket.arrived) - self._seconds)
+            self._seconds += 0.1 * (max(0.0, now - ticket.started) - self._seconds)
         else:
-            ticket = self._waiting.pop(attempt, None)
-        if ticket is None:
-            return None
-        self._spend(attempt, now)
-        self._promote()
+            ticket = self._leave_queue(attempt)
+        if ticket is not None:
+            self._spend(attempt, now)
         return ticket
 
     def cancel(self, attempt: int, now: float) -> Ticket | None:
@@ -138,6 +174,8 @@ class Admission:
         lost = self.tickets
         self._running.clear()
         self._waiting.clear()
+        self._waiting_of.clear()
+        self._waiting_batch = 0
         self._used = 0
         for ticket in lost:
             self._spend(ticket.attempt, now)
@@ -149,21 +187,44 @@ class Admission:
             raise ValueError(f"cannot resize to {slots} slots with {len(self)} attempts in")
         self.slots = slots
 
-    def _start(self, ticket: Ticket) -> None:
-        self._running[ticket.attempt] = ticket
+    def _note(self, ticket: Ticket, now: float) -> None:
+        if ticket.owner != self._last_owner:
+            if self._last_owner is not None:
+                self._owners_until = now + LATELY
+            self._last_owner = ticket.owner
+        if ticket.priority == "interactive":
+            self._interactive_until = now + LATELY
+
+    def _has_place(self, ticket: Ticket, now: float) -> bool:
+        left = self.queue_limit - len(self._waiting)
+        if left <= 0:
+            return False
+        batch = ticket.priority == "batch" and now < self._interactive_until
+        if batch and self._waiting_batch >= left:
+            return False
+        return now >= self._owners_until or self._waiting_of[ticket.owner] < OWNER_SHARE * left
+
+    def _start(self, ticket: Ticket, now: float) -> None:
+        self._running[ticket.attempt] = msgspec.structs.replace(ticket, started=now)
         self._used += ticket.weight
 
-    def _promote(self) -> None:
-        while self._waiting:
-            ticket = next(iter(self._waiting.values()))
-            if ticket.weight > self.slots - self._used:
-                return
-            del self._waiting[ticket.attempt]
-            self._start(ticket)
+    def _leave_queue(self, attempt: int) -> Ticket | None:
+        ticket = self._waiting.pop(attempt, None)
+        if ticket is not None:
+            self._waiting_of[ticket.owner] -= 1
+            if not self._waiting_of[ticket.owner]:
+                del self._waiting_of[ticket.owner]
+            self._waiting_batch -= ticket.priority == "batch"
+        return ticket
 
-    def _retry_after(self) -> float:
-        """Guess when a place frees: the usual time in a slot, shared by all slots."""
-        return min(60.0, max(0.1, self._seconds * (len(self._waiting) + 1) / self.slots))
+    def _retry_after(self, now: float) -> float:
+        """Guess when all that waits has begun: the time in a slot, shared by all slots.
+
+        That is the mean of late, or how long those that run have been at it, if they take longer.
+        """
+        ages = [now - ticket.started for ticket in self._running.values()]
+        seconds = max(self._seconds, sum(ages) / len(ages) if ages else 0.0)
+        return min(60.0, max(0.1, seconds * (len(self._waiting) + 1) / self.slots))
 
     def _spend(self, attempt: int, now: float) -> None:
         self._spent[attempt] = now + SPENT_SECONDS

@@ -143,6 +143,8 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="t"):
     mail: tuple[Mail, ...]
     ended: tuple[int, ...]
     stats: EngineStats | None = None
+    started: tuple[int, ...] = ()
+    """Attempts that wait no more: they have a slot."""
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="f"):

@@ -318,6 +318,8 @@ class Serving:
         for mail in step.mail:
             replies.post(mail.reply, mail.frames)
         self._stats = step.stats or self._stats
+        if self._admission.started(step.started, time.monotonic()):
+            self._doors.poke()
         for attempt in step.ended:
             self._release(attempt)
 
@@ -340,7 +342,7 @@ class Serving:
     def _admit(self, message: BusMessage, request: Request, now: float) -> None:
         admission, attempt = self._admission, request.attempt
         clock = time.monotonic()
-        ticket = Ticket(attempt, message.reply, weight(request), clock)
+        ticket = Ticket(attempt, message.reply, weight(request), request.owner, request.priority)
         if request.body_size and attempt in self._around.bodies and attempt not in admission:
             self._around.rejects.add("attempt", request=request.id)  # it is another model's
             return

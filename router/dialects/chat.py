@@ -14,6 +14,7 @@ from shared.protocol import (
     Constraint,
     Generate,
     Message,
+    Priority,
     Tool,
     ToolCall,
     ToolChoice,
@@ -215,6 +216,8 @@ class ChatRequest(msgspec.Struct, frozen=True):
     chat_template_kwargs: dict[str, Any] | None = None
     user: str | None = None
     prompt_cache_key: str | None = None
+    priority: Priority | None = None
+    service_tier: fields.ServiceTier | None = None
     audio: Any = None
     modalities: list[str] | None = None
     functions: Any = None
@@ -242,6 +245,14 @@ def parse_chat(body: bytes) -> ChatRequest:
         refuse("modalities", True, 'it must be ["text"]')
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
+    if request.chat_template_kwargs:
+        try:
+            msgspec.msgpack.encode(request.chat_template_kwargs)
+        except OverflowError as error:
+            raise InvalidRequest(
+                "'chat_template_kwargs' must hold integers of at most 64 bits.",
+                param="chat_template_kwargs",
+            ) from error
     return request
 
 
@@ -283,6 +294,7 @@ def chat_to_generate(
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         constraint=constraint(request.response_format, request.guided_regex),
         user=request.user or "",
+        priority=fields.priority_of(request.priority, request.service_tier),
         traceparent=traceparent,
     )
 

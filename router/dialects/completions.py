@@ -10,7 +10,7 @@ from router.dialects.chat import ResponseFormat, constraint
 from router.dialects.fields import refuse
 from router.dialects.validation import decode_body
 from shared.errors import InvalidRequest
-from shared.protocol import Generate, TextInput, TokenInput
+from shared.protocol import Generate, Priority, TextInput, TokenInput
 
 __all__ = ("CompletionRequest", "completion_to_generates", "parse_completion", "prompts_of")
 
@@ -57,6 +57,8 @@ class CompletionRequest(msgspec.Struct, frozen=True):
     guided_regex: str | None = None
     user: str | None = None
     prompt_cache_key: str | None = None
+    priority: Priority | None = None
+    service_tier: fields.ServiceTier | None = None
 
 
 _decoder = msgspec.json.Decoder(CompletionRequest)
@@ -156,6 +158,7 @@ def completion_to_generates(
             logprobs=request.logprobs,
             constraint=limit,
             user=request.user or "",
+            priority=fields.priority_of(request.priority, request.service_tier),
             **origin,
         )
         for attempt, prompt in zip(attempts, prompts_of(request), strict=True)

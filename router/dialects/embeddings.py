@@ -13,7 +13,7 @@ from router.dialects.answer import Completed, encode
 from router.dialects.completions import TokenList, inputs_of
 from router.dialects.validation import decode_body
 from shared.errors import InvalidRequest
-from shared.protocol import Delta, Done, Embed, EmbedResult
+from shared.protocol import Delta, Done, Embed, EmbedResult, Priority
 
 __all__ = (
     "EmbeddingAnswer",
@@ -45,6 +45,8 @@ class EmbeddingRequest(msgspec.Struct, frozen=True):
         Annotated[int, Meta(ge=1, le=65_536, description="an integer from 1 to 65536")] | None
     ) = None
     user: str | None = None
+    priority: Priority | None = None
+    service_tier: fields.ServiceTier | None = None
 
 
 class EmbeddingUsage(msgspec.Struct, frozen=True):
@@ -100,6 +102,7 @@ def embedding_to_embed(request: EmbeddingRequest, attempt: int, **origin: Any) -
         inputs=tuple(inputs),
         dimensions=request.dimensions,
         user=request.user or "",
+        priority=fields.priority_of(request.priority, request.service_tier),
         **origin,
     )
 

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from shared.errors import InvalidRequest
-from shared.protocol import Sampling
+from shared.protocol import Priority, Sampling
 
 __all__ = (
     "LogitBias",
@@ -18,12 +18,14 @@ __all__ = (
     "Penalty",
     "RepeatPenalty",
     "Seed",
+    "ServiceTier",
     "Stop",
     "StreamOptions",
     "Temperature",
     "Token",
     "TopK",
     "TopP",
+    "priority_of",
     "refuse",
     "sampling",
     "stop_strings",
@@ -62,10 +64,20 @@ Stop = Annotated[
 ]
 
 
+ServiceTier = Annotated[
+    str, Meta(max_length=64, description="a string; 'flex' asks for the priority 'batch'")
+]
+
+
 class StreamOptions(msgspec.Struct, frozen=True):
     """What a stream tells beside the text."""
 
     include_usage: bool | None = None
+
+
+def priority_of(priority: Priority | None, service_tier: str | None) -> Priority:
+    """The request's priority; without one, OpenAI's cheap tier is batch and all others are not."""
+    return priority or ("batch" if service_tier == "flex" else "interactive")
 
 
 def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:

@@ -117,6 +117,18 @@ async def test_bodies_that_are_no_request_are_400(router, http, path, body):
     assert error(answer)["message"]
 
 
+async def test_numbers_that_cannot_travel_are_400(router, http):
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "x"}],
+        "chat_template_kwargs": {"deep": [1 << 64]},
+    }
+    answer = await http.post(f"{router.url}{CHAT}", json=body)
+
+    assert answer.status_code == 400
+    assert error(answer)["param"] == "chat_template_kwargs"
+
+
 async def test_a_body_of_another_kind_is_415(router, http):
     answer = await http.post(f"{router.url}{CHAT}", data={"model": "x"})
 

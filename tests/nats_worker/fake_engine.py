@@ -78,6 +78,7 @@ class Engine:
         self.running: dict[int, Job] = {}
         self.waiting: dict[int, Job] = {}
         self.emitted = 0
+        self.started: list[int] = []
 
     def message(self) -> bytes:
         while True:
@@ -148,6 +149,7 @@ class Engine:
             if used + min(job.weight, self.config.slots) > self.config.slots:
                 return
             self.running[attempt] = self.waiting.pop(attempt)
+            self.started.append(attempt)
 
     def step(self, ended: list[int]) -> None:
         mail: dict[str, tuple[str, list[Frame]]] = {}
@@ -160,7 +162,7 @@ class Engine:
                 if isinstance(frames[-1], End | Fail | EmbedResult):
                     ended.append(attempt)
                     del self.running[attempt]
-        if mail or ended:
+        if mail or ended or self.started:
             letters = tuple(Mail(reply, encode(frames)) for reply, frames in mail.values())
             stats = EngineStats(
                 running=len(self.running),
@@ -175,7 +177,8 @@ class Engine:
                 accepted_at=(4, 1),
                 gain=1.5,
             )
-            self.send(Step(letters, tuple(ended), stats))
+            self.send(Step(letters, tuple(ended), stats, tuple(self.started)))
+            self.started.clear()
 
     def emit(self, job: Job, now: float) -> list[Frame]:
         attempt = job.request.attempt

@@ -100,6 +100,19 @@ async def test_a_full_queue_answers_busy(start, router):
     assert busy.retry_after > 0
 
 
+async def test_batch_and_one_owner_leave_room_in_the_queue_for_others(start, router):
+    await start(slots=1, queue=8)
+    await (await router.ask("hold", worker="worker-1", owner="a")).accepted()
+
+    async def taken(count: int, **fields: str) -> int:
+        asked = [await router.ask("hold", worker="worker-1", **fields) for _ in range(count)]
+        return sum([isinstance(await one.first(), Accepted) for one in asked])
+
+    assert await taken(8, owner="b", priority="batch") == 4
+    assert await taken(8, owner="b") == 2
+    assert await taken(8, owner="c") == 2
+
+
 async def test_a_refused_attempt_may_come_again(start, router):
     await start(slots=1, queue=0)
     held = await router.ask("hold")

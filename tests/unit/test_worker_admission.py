@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from worker.admission import (
+    LATELY,
     SPENT_LIMIT,
     SPENT_SECONDS,
     Admission,
@@ -16,8 +17,15 @@ from worker.admission import (
 )
 
 
-def ticket(attempt: int, weight: int = 1, arrived: float = 0.0) -> Ticket:
-    return Ticket(attempt, "reply", weight, arrived)
+def ticket(attempt: int, weight: int = 1, owner: str = "", *, batch: bool = False) -> Ticket:
+    return Ticket(attempt, "reply", weight, owner, "batch" if batch else "interactive")
+
+
+def admitted(admission: Admission, count: int, owner: str = "", *, batch: bool = False) -> int:
+    """How many of so many new requests come in."""
+    first = 1000 * (1 + len(admission))
+    tickets = [ticket(first + n, owner=owner, batch=batch) for n in range(count)]
+    return sum(isinstance(admission.offer(one, 1.0), Admitted) for one in tickets)
 
 
 def test_slots_then_queue_then_refusal():
@@ -31,16 +39,71 @@ def test_slots_then_queue_then_refusal():
     assert (admission.free, admission.queued, len(admission)) == (0, 1, 3)
 
 
-def test_a_release_lets_the_first_in_line_run():
+def test_who_of_those_that_wait_runs_is_what_the_engine_says():
     admission = Admission(1, 2)
     for n in range(3):
         admission.offer(ticket(n), 0.0)
+    admission.started((0,), 0.0)
     admission.release(0, 1.0)
-    assert admission.queued == 1
-    admission.release(2, 1.0)
-    assert (admission.free, admission.queued) == (0, 0)
+    assert (admission.free, admission.queued) == (0, 2)
+    admission.started((2,), 1.0)
+    assert (admission.free, admission.queued) == (0, 1)
     admission.release(1, 1.0)
+    assert (admission.free, admission.queued) == (0, 0)
+    admission.started((1,), 1.0)
+    admission.release(2, 1.0)
     assert admission.free == 1
+
+
+def test_one_owner_alone_may_have_the_whole_queue():
+    admission = Admission(1, 64)
+    assert admitted(admission, 100, "a") == 65
+    batch = Admission(1, 64)
+    assert admitted(batch, 100, "a", batch=True) == 65
+
+
+def test_an_owner_leaves_places_for_others():
+    admission = Admission(1, 64)
+    admission.offer(ticket(1, owner="b"), 0.0)
+    admission.offer(ticket(2, owner="a"), 0.0)
+    admission.release(2, 0.0)
+    assert admitted(admission, 100, "a") == 48
+    assert admitted(admission, 100, "b") == 12
+    assert admitted(admission, 100, "c") == 3
+
+
+def test_an_owner_that_comes_when_all_is_taken_finds_room_later():
+    admission = Admission(1, 8)
+    assert admitted(admission, 10, "heavy") == 9
+    assert admitted(admission, 1, "light") == 0
+    waiting = [one.attempt for one in admission.tickets][1:]
+    admission.release(waiting[0], 1.0)
+    assert admitted(admission, 10, "heavy") == 0
+    assert admitted(admission, 1, "light") == 1
+
+
+def test_batch_leaves_places_for_those_that_are_interactive():
+    admission = Admission(1, 64)
+    admission.offer(ticket(1), 0.0)
+    assert admitted(admission, 100, batch=True) == 32
+    assert admitted(admission, 100) == 32
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_in_a_short_queue_there_is_a_place_for_anybody(limit: int):
+    admission = Admission(1, limit)
+    admission.offer(ticket(1, owner="b"), 0.0)
+    admission.offer(ticket(2, owner="a"), 0.0)
+    admission.release(2, 0.0)
+    assert admitted(admission, 1, "a", batch=True) == 1
+
+
+def test_nothing_is_kept_free_for_those_who_came_long_ago():
+    admission = Admission(1, 8)
+    admission.offer(ticket(1, owner="b"), -LATELY)
+    admission.offer(ticket(2, owner="a", batch=True), -LATELY)
+    admission.release(2, -LATELY)
+    assert admitted(admission, 10, "a", batch=True) == 8
 
 
 def test_nobody_overtakes_a_wide_request_that_waits():
@@ -103,7 +166,7 @@ def test_the_guess_of_a_wait_follows_what_requests_took():
     def guess(seconds: float) -> float:
         admission = Admission(1, 0)
         for n in range(50):
-            admission.offer(ticket(n, arrived=0.0), 0.0)
+            admission.offer(ticket(n), 0.0)
             admission.release(n, seconds)
         admission.offer(ticket(99), 0.0)
         refused = admission.offer(ticket(100), 0.0)
@@ -111,6 +174,28 @@ def test_the_guess_of_a_wait_follows_what_requests_took():
         return refused.retry_after
 
     assert 0.1 <= guess(0.0) < guess(5.0) < guess(20.0) <= guess(1e6) == 60.0
+
+
+def test_the_time_in_the_queue_is_not_counted_as_time_in_a_slot():
+    admission = Admission(1, 1)
+    admission.offer(ticket(1), 0.0)
+    for n in range(2, 60):
+        admission.offer(ticket(n), 2.0 * n)
+        admission.release(n - 1, 100.0 + 2 * n)
+        admission.started((n,), 100.0 + 2 * n)
+    admission.offer(ticket(98), 220.0)
+    refused = admission.offer(ticket(99), 220.0)
+    assert isinstance(refused, Refused)
+    assert refused.retry_after < 10
+
+
+def test_what_runs_for_long_is_expected_to_go_on():
+    admission = Admission(2, 0)
+    admission.offer(ticket(1), 0.0)
+    admission.offer(ticket(2), 0.0)
+    refused = admission.offer(ticket(3), 30.0)
+    assert isinstance(refused, Refused)
+    assert refused.retry_after == 15.0
 
 
 @pytest.mark.parametrize(("slots", "queue"), [(0, 1), (1, -1)])
@@ -142,10 +227,6 @@ class Account(RuleBasedStateMachine):
     def used(self) -> int:
         return sum(weight for _, weight in self.running)
 
-    def promote(self) -> None:
-        while self.waiting and self.used() + self.waiting[0][1] <= self.slots:
-            self.running.append(self.waiting.pop(0))
-
     @rule(attempt=st.integers(0, 12), weight=st.integers(1, 8))
     def offer(self, attempt: int, weight: int) -> None:
         known = [a for a, _ in self.running + self.waiting]
@@ -171,7 +252,15 @@ class Account(RuleBasedStateMachine):
             self.running = [entry for entry in self.running if entry[0] != attempt]
             self.waiting = [entry for entry in self.waiting if entry[0] != attempt]
             self.spent.add(attempt)
-            self.promote()
+
+    @rule(attempts=st.lists(st.integers(0, 12), max_size=4))
+    def started(self, attempts: list[int]) -> None:
+        self.admission.started(attempts, 0.0)
+        for attempt in attempts:
+            entry = next((e for e in self.waiting if e[0] == attempt), None)
+            if entry is not None:
+                self.waiting.remove(entry)
+                self.running.append(entry)
 
     @rule(attempt=st.integers(0, 12))
     def cancel(self, attempt: int) -> None:
@@ -201,7 +290,8 @@ class Account(RuleBasedStateMachine):
         if not hasattr(self, "admission"):
             return
         assert 0 <= self.admission.free <= self.slots
-        assert self.admission.free == (0 if self.waiting else self.slots - self.used())
+        free = max(0, self.slots - self.used())
+        assert self.admission.free == (0 if self.waiting else free)
         assert self.admission.queued == len(self.waiting) <= self.queue
         assert len(self.admission) == len(self.running) + len(self.waiting)
         for attempt, _ in self.running + self.waiting:

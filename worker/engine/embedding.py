@@ -5,12 +5,13 @@ that a long text does not stall the streams; a bidirectional one needs its input
 header names another pooling get that one.
 """
 
-from collections import deque
+import time
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.protocol import Embed, EmbedResult, Usage
+from worker.engine.fair_queue import FairQueue
 from worker.engine.llama import Batch, Context, Model
 from worker.link import EngineConfig
 
@@ -55,15 +56,45 @@ class Embedder:
         self.bidirectional = model.metadata(f"{architecture}.attention.causal") == "false"
         self._context: Context | None = None
         self._batch: Batch | None = None
-        self.waiting: deque[EmbedJob] = deque()
+        self._current: EmbedJob | None = None
+        self._waiting: FairQueue[EmbedJob] = FairQueue()
+
+    def __len__(self) -> int:
+        return len(self._waiting) + (self._current is not None)
+
+    def add(self, job: EmbedJob) -> None:
+        """Let a job wait for its turn."""
+        self._waiting.push(
+            job,
+            owner=job.request.owner,
+            cost=sum(map(len, job.inputs)),
+            batch=job.request.priority == "batch",
+            now=time.monotonic(),
+        )
+
+    def remove(self, job: EmbedJob) -> None:
+        """Nobody wants it any more."""
+        if self._current is job:
+            self._current = None
+        else:
+            self._waiting.remove(lambda waiting: waiting is job)
+
+    def begin_next(self) -> EmbedJob | None:
+        """Make the next job the one that `step` works on, unless it has one."""
+        if self._current is not None or not self._waiting:
+            return None
+        self._current = self._waiting.pop(time.monotonic())
+        return self._current
 
     def step(self, budget: int) -> EmbedJob | None:
         """Compute at most `budget` tokens (a bidirectional input whole); the job if it is complete.
 
         Raises:
-            RuntimeError: llama.cpp failed.
+            RuntimeError: llama.cpp failed, or no job was begun.
         """
-        job = self.waiting[0]
+        job = self._current
+        if job is None:
+            raise RuntimeError("no embedding to compute")
         context, batch = self._ready()
         tokens = job.inputs[len(job.vectors)]
         if job.position == 0:
@@ -85,7 +116,8 @@ class Embedder:
         self._finish_input(job, len(tokens))
         if len(job.vectors) < len(job.inputs):
             return None
-        return self.waiting.popleft()
+        self._current = None
+        return job
 
     def _ready(self) -> tuple[Context, Batch]:
         if self._context is None or self._batch is None:

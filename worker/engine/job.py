@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 
 __all__ = ("Job",)
 
+UNSTATED = 256
+"""Tokens of an answer that are reckoned with where the request names no limit: the context that is
+left is nobody's wish."""
+
 
 class Job:
     """One request."""
@@ -43,11 +47,20 @@ class Job:
         self.first_token = 0.0
         self.queued = 0.0
 
-    def start(self) -> None:
-        """The first of its sequences got a slot."""
-        if not self.started:
-            self.started = time.monotonic()
-            self.queued = max(0.0, time.time() - self.received)
+    def cost(self, sequence: "Sequence") -> int:
+        """Tokens that one of its sequences wants; only the first is charged for the prompt."""
+        wanted = sequence.limit
+        if self.request.max_tokens is None:
+            wanted = min(wanted, UNSTATED)
+        return wanted + (len(self.prompt) if sequence is self.sequences[0] else 0)
+
+    def start(self) -> bool:
+        """One of its sequences got a slot; returns whether it is the first."""
+        if self.started:
+            return False
+        self.started = time.monotonic()
+        self.queued = max(0.0, time.time() - self.received)
+        return True
 
     def end(self) -> End:
         """The last frame, with usage and timings."""

@@ -6,7 +6,6 @@ sequence lives, `scheduler.py` what goes into a step, `sampling.py` which token 
 
 import queue
 import time
-from collections import deque
 from collections.abc import Sequence as Drafts
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from shared.errors import DeadlineExceeded, MeshError, WorkerFailed
 from shared.protocol import Fail, Frame
 from worker.engine.calibration import Calibration
 from worker.engine.embedding import Embedder, EmbedJob
+from worker.engine.fair_queue import FairQueue
 from worker.engine.intake import Intake, Rejected
 from worker.engine.job import Job
 from worker.engine.llama import Batch, Context
@@ -72,7 +72,7 @@ class Loop:
         self._prefixes = Prefixes(context, self._slots, prefix_memory)
         self._threads = Threads(context, calibration, speculator)
         self._pace = Pace(step_tokens)
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: FairQueue[Sequence] = FairQueue()
         self._running: list[Sequence] = []
         self._jobs: dict[int, Job | EmbedJob] = {}
         self._gap_steps = 0
@@ -95,14 +95,14 @@ class Loop:
             if self._running:
                 self._close_gap()
                 self._step()
-            if self._embedder.waiting:
+            if self._embedder:
                 self._embed()
             self._outbox.flush(self._stats)
 
     # arrivals
 
     def _take_arrivals(self) -> None:
-        idle = not (self._running or self._waiting or self._embedder.waiting)
+        idle = not (self._running or self._waiting or self._embedder)
         while True:
             try:
                 arrival = (
@@ -117,7 +117,7 @@ class Loop:
                 self._begin(arrival)
             elif isinstance(arrival, EmbedJob):
                 self._jobs[arrival.attempt] = arrival
-                self._embedder.waiting.append(arrival)
+                self._embedder.add(arrival)
             elif isinstance(arrival, Rejected):
                 self._reject(arrival.reply, arrival.attempt, arrival.error)
             elif isinstance(arrival, CancelAttempts):
@@ -134,9 +134,12 @@ class Loop:
         left = [sequence for sequence in job.sequences if sequence.over is None]
         if job.request.resume:
             # Somebody is in the middle of reading this.
-            self._waiting.extendleft(reversed(left))
+            self._waiting.push_first(left)
         else:
-            self._waiting.extend(left)
+            batch, now = job.request.priority == "batch", time.monotonic()
+            for sequence in left:
+                owner, cost = job.request.owner, job.cost(sequence)
+                self._waiting.push(sequence, owner=owner, cost=cost, batch=batch, now=now)
         if len(left) < len(job.sequences) or not left:
             frames = self._outbox.frames(job.reply)
             for sequence in job.sequences:
@@ -170,12 +173,11 @@ class Loop:
         """Free all that an attempt holds."""
         job = self._jobs.pop(attempt)
         if isinstance(job, EmbedJob):
-            self._embedder.waiting.remove(job)
+            self._embedder.remove(job)
         else:
             for sequence in [s for s in self._running if s.job is job]:
                 self._retire(sequence)
-            if any(s.job is job for s in self._waiting):
-                self._waiting = deque(s for s in self._waiting if s.job is not job)
+            self._waiting.remove(lambda sequence: sequence.job is job)
         if tell:
             self._outbox.ended(attempt)
 
@@ -183,16 +185,16 @@ class Loop:
 
     def _admit(self) -> None:
         deferred: list[Sequence] = []
-        while self._waiting:
-            sequence = self._waiting.popleft()
+        slots = len(self._slots.all)
+        # Who was looked at is next whoever comes: no more than may be running together.
+        while self._waiting and len(self._slots.active) < slots and len(deferred) < slots:
+            sequence = self._waiting.pop(time.monotonic())
             placement = self._slots.place(sequence.tokens)
             if placement is None:
                 deferred.append(sequence)
-                if len(self._slots.active) == len(self._slots.all):
-                    break
-                continue
-            self._occupy(sequence, placement)
-        self._waiting.extendleft(reversed(deferred))
+            else:
+                self._occupy(sequence, placement)
+        self._waiting.push_first(deferred)
 
     def _occupy(self, sequence: Sequence, placement: Placement) -> None:
         job = sequence.job
@@ -204,7 +206,8 @@ class Loop:
             sequence.drafting = self._speculator.begin(sequence.tokens, job.request.owner)
         placement = Placement(placement.slot, placement.source, reuse)
         sequence.slot = self._slots.take(placement, sequence.tokens, len(job.prompt))
-        job.start()
+        if job.start():
+            self._outbox.started(job.attempt)
         reuse = min(reuse, len(job.prompt))
         job.cached = max(job.cached, reuse) if sequence is job.sequences[0] else job.cached
         self._tally.cached_tokens += reuse
@@ -367,6 +370,8 @@ class Loop:
             self._closed(job, 1, frames)
 
     def _embed(self) -> None:
+        if (begun := self._embedder.begin_next()) is not None:
+            self._outbox.started(begun.attempt)
         done = self._embedder.step(self._pace.budget(len(self._running)))
         if done is not None:
             self._outbox.frames(done.reply).append(done.result())
@@ -378,7 +383,7 @@ class Loop:
         held = sum(s.slot.cached for s in self._running if s.slot is not None)
         return self._tally.stats(
             running=len(self._running),
-            waiting=len(self._waiting) + len(self._embedder.waiting),
+            waiting=len(self._waiting) + len(self._embedder),
             kv_used=held / (self._context.slots * self._context.context),
             speculation=self._speculator.counters if self._speculator is not None else None,
         )

@@ -24,6 +24,7 @@ class Outbox:
         self._encode = msgspec.msgpack.Encoder().encode
         self._by_router: dict[str, tuple[str, list[Frame]]] = {}
         self._ended: list[int] = []
+        self._started: list[int] = []
         self._told = 0.0
 
     def frames(self, reply: str) -> list[Frame]:
@@ -38,9 +39,13 @@ class Outbox:
         """The attempt is over; its slots are free."""
         self._ended.append(attempt)
 
+    def started(self, attempt: int) -> None:
+        """The attempt has a slot."""
+        self._started.append(attempt)
+
     def flush(self, stats: Callable[[], EngineStats]) -> None:
         """Send what has gathered, if anything has."""
-        if not (self._by_router or self._ended):
+        if not (self._by_router or self._ended or self._started):
             return
         encode = self._encode
         mail = [Mail(reply, encode(frames)) for reply, frames in self._by_router.values() if frames]
@@ -48,7 +53,8 @@ class Outbox:
         told: EngineStats | None = None
         if self._ended or now - self._told > _STATS_SECONDS:
             told, self._told = stats(), now
-        step = Step(tuple(mail), tuple(self._ended), told)
+        step = Step(tuple(mail), tuple(self._ended), told, tuple(self._started))
         self._by_router.clear()
         self._ended.clear()
+        self._started.clear()
         self._link.sendall(pack(step))
