@@ -53,6 +53,8 @@ def serve(
     ping_interval: _Seconds = 10.0,
     stall_timeout: _Seconds = 10.0,
     resumes: Annotated[int, Parameter(validator=Number(gte=0))] = 3,
+    idempotency_seconds: _Seconds = 600.0,
+    idempotency_memory: str = "64MiB",
     retry_share: Annotated[float, Parameter(validator=Number(gte=0, lte=1))] = 0.2,
     max_rtt: _Seconds = 80.0,
     far: bool = False,
@@ -87,6 +89,10 @@ def serve(
         is one; after six times as many it is given up.
     resumes
         How often an answer may go on on another worker when its own is lost; 0 switches it off.
+    idempotency_seconds
+        Seconds for which an answer is kept for requests with the same Idempotency-Key.
+    idempotency_memory
+        Memory for such answers, for example 64MiB; 0 ignores the header.
     retry_share
         Of all requests, how many may be tried anew when a worker fails them before their first
         token, beside 10 a second that always may; what is beyond fails at once.
@@ -113,12 +119,16 @@ def serve(
             host=host,
             port=port,
             name=identity("router", nats, name),
-            max_body=_size(max_body),
+            max_body=_size("max-body", max_body),
             request_timeout=request_timeout,
             grace=grace,
             ping_interval=ping_interval,
             stall_timeout=stall_timeout,
             resumes=resumes,
+            idempotency_seconds=idempotency_seconds,
+            idempotency_memory=0
+            if idempotency_memory == "0"
+            else _size("idempotency-memory", idempotency_memory),
             retry_share=retry_share,
             max_rtt=max_rtt / 1000,
             far=far,
@@ -151,11 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(app, "mesh-router", arguments)
 
 
-def _size(text: str) -> int:
+def _size(option: str, text: str) -> int:
     try:
         return parse_size(text)
     except ValueError as error:
-        raise Refused(f"--max-body: {error}") from None
+        raise Refused(f"--{option}: {error}") from None
 
 
 if __name__ == "__main__":

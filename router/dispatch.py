@@ -47,6 +47,8 @@ SWEEP_INTERVAL = 0.25
 OWN_STALL = 1.0
 """Seconds without a sweep after which nobody else is blamed for silence yet."""
 BEAT_INTERVAL = 1.0
+END_WITHIN = 2.0
+"""Seconds for all that runs beside to end."""
 FAR_RETRY = 10
 """Seconds after which to ask again for a model whose workers are all too far away."""
 HEARD_ALL = 0.7
@@ -116,10 +118,13 @@ class Dispatcher:
             try:
                 yield
             finally:
+                owned = list(self._owned)
+                for task in owned:
+                    task.cancel()
+                await asyncio.wait(owned, timeout=END_WITHIN)
+                # Among those tasks may be some that have freed their workers by ending.
                 await self._send_cancels()
                 await self._publish(subjects.router(self.bus.identity), self._own_beat("gone"))
-                for task in self._owned:
-                    task.cancel()
         await beats.leave()
 
     @property

@@ -124,6 +124,11 @@ class Exchange:
         except MeshError as error:
             self.fail(error)
 
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended, or is about to end, with an error."""
+        return self._failure is not None
+
     # What becomes of the calls
 
     def frame(self, part: int, frame: Frame) -> None:

@@ -35,12 +35,13 @@ from router.explain import wants_explanation
 from router.metrics import Metrics
 from router.owner import bearer_key, owner_of
 from router.problems import MethodNotAllowed
+from router.repeating import Repeating
 from router.secret import attempt_number
 from router.settings import Settings
 from shared.errors import InvalidRequest, Unavailable
 from shared.protocol import Embed, Generate, TextInput
 
-__all__ = ("RequestTimeout", "inference_routes")
+__all__ = ("IdempotencyKey", "RequestTimeout", "inference_routes")
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -55,6 +56,17 @@ RequestTimeout = Annotated[
 """`X-Request-Timeout`: how long the answer may take in all."""
 _decode_timeout = msgspec.json.Decoder(RequestTimeout).decode
 
+IdempotencyKey = Annotated[
+    str,
+    msgspec.Meta(
+        min_length=1,
+        max_length=255,
+        pattern="^[!-~]+$",
+        description="1 to 255 printable ASCII characters without spaces",
+    ),
+]
+"""`Idempotency-Key`: what is sent again under the same key is done once."""
+
 _Owned = TypeVar("_Owned", Generate, Embed)
 _Named = TypeVar("_Named", ChatRequest, CompletionRequest, EmbeddingRequest)
 
@@ -68,6 +80,8 @@ class Origin(NamedTuple):
     """The API key, which goes no further."""
     explain: bool
     """Whether the answer should say why it came from where it came."""
+    idempotency: str = ""
+    """The `Idempotency-Key`; empty: none."""
 
     def own(self, request: _Owned) -> _Owned:
         """Say whose request it is."""
@@ -79,6 +93,8 @@ def inference_routes(
     dispatcher: Dispatcher, metrics: Metrics, settings: Settings
 ) -> list[ASGIRouteHandler]:
     """Routes for chat, completions and embeddings."""
+
+    repeating = Repeating(dispatcher, metrics, settings)
 
     def named(wanted: _Named, origin: Origin, *, embeddings: bool = False) -> _Named:
         """The same request for the model that `auto` stands for."""
@@ -153,7 +169,18 @@ def inference_routes(
                 raise Unavailable("The mesh is not reachable now: NATS is away.", retry_after=2)
             read = _origin(scope, settings)
             body = await read_json_body(scope, receive, settings.max_body)
-            await begin(Origin(body, *read))(scope, receive, send)
+            origin = Origin(body, *read)
+            if not origin.idempotency or not settings.idempotency_memory:
+                await begin(origin)(scope, receive, send)
+                return
+            await repeating.answer(
+                scope,
+                receive,
+                send,
+                key=(owner_of(origin.key, ""), origin.idempotency),
+                body=body,
+                begin=lambda: begin(origin),
+            )
 
         return ASGIRouteHandler(path, copy_scope=False)(handle)
 
@@ -164,12 +191,13 @@ def inference_routes(
     ]
 
 
-def _origin(scope: Any, settings: Settings) -> tuple[dict[str, Any], bytes, bool]:
+def _origin(scope: Any, settings: Settings) -> tuple[dict[str, Any], bytes, bool, str]:
     """What an `Origin` has beside its body, of which the fields are id, deadline and trace."""
     timeout = settings.request_timeout
     traceparent = ""
     key = b""
     explain = False
+    idempotency = ""
     for name, value in scope["headers"]:
         if name == b"x-request-timeout":
             timeout = _timeout(value)
@@ -179,12 +207,14 @@ def _origin(scope: Any, settings: Settings) -> tuple[dict[str, Any], bytes, bool
             key = bearer_key(value)
         elif name == b"x-mesh-explain":
             explain = wants_explanation(value)
+        elif name == b"idempotency-key":
+            idempotency = _idempotency_key(value)
     fields = {
         "id": scope[REQUEST_ID],
         "deadline": time.time() + timeout,
         "traceparent": traceparent,
     }
-    return fields, key, explain
+    return fields, key, explain, idempotency
 
 
 def _timeout(value: bytes) -> float:
@@ -194,4 +224,14 @@ def _timeout(value: bytes) -> float:
         raise InvalidRequest(
             "'X-Request-Timeout' must be a number of seconds above 0 and at most 86400.",
             param="X-Request-Timeout",
+        ) from error
+
+
+def _idempotency_key(value: bytes) -> str:
+    try:
+        return msgspec.convert(value.decode("latin-1"), IdempotencyKey)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(
+            "'Idempotency-Key' must be 1 to 255 printable ASCII characters without spaces.",
+            param="Idempotency-Key",
         ) from error

@@ -128,6 +128,8 @@ class Metrics(Collector):
         self._dropped = dropped
         self._retries = retries
         self._breakers = breakers
+        self.repeats: defaultdict[str, int] = defaultdict(int)
+        """Requests that came with the Idempotency-Key of another, by what became of them."""
         self._started = time.time()
         self._models: defaultdict[str, ModelMetrics] = defaultdict(ModelMetrics)
         self._registry = CollectorRegistry()
@@ -164,6 +166,7 @@ class Metrics(Collector):
         yield from self._wanted()
         yield from self._rejected()
         yield from self._failing()
+        yield from self._repeated()
         yield GaugeMetricFamily(
             "mesh_router_nats_connected", "Whether NATS is there", value=float(self._connected())
         )
@@ -236,6 +239,16 @@ class Metrics(Collector):
         for worker, count in dropped.workers.items():
             workers.add_metric([worker], count)
         yield workers
+
+    def _repeated(self) -> Iterable[Metric]:
+        repeats = CounterMetricFamily(
+            "mesh_router_repeats",
+            "Requests with a known Idempotency-Key: joined, repeated, or reused for another",
+            labels=["outcome"],
+        )
+        for outcome in ("joined", "repeated", "reused"):
+            repeats.add_metric([outcome], self.repeats[outcome])
+        yield repeats
 
     def _counters(self) -> Iterable[Metric]:
         requests = CounterMetricFamily(

@@ -19,7 +19,8 @@ from router.dialects.completions_answer import TextChunk, TextCompletion
 from router.dialects.embeddings import EmbeddingList, EmbeddingRequest
 from router.dialects.fields import ModelName
 from router.health import Health
-from router.inference import RequestTimeout
+from router.inference import IdempotencyKey, RequestTimeout
+from router.kept_answers import KeyReused
 from router.models import ModelList, ModelObject
 from router.problems import ErrorAnswer, UnsupportedMediaType
 from shared import __version__
@@ -60,6 +61,7 @@ _GENERATING: tuple[type[MeshError], ...] = (
     ModelNotFound,
     PayloadTooLarge,
     UnsupportedMediaType,
+    KeyReused,
     QueueFull,
     MeshError,
     WorkerFailed,
@@ -134,10 +136,13 @@ def describe() -> dict[str, Any]:
     kinds = {kind for op in OPERATIONS for kind in (op.body, op.answer, op.chunk)} | {ErrorAnswer}
     named = sorted((kind for kind in kinds if kind is not None), key=lambda kind: kind.__name__)
     _, schemas = msgspec.json.schema_components(named, ref_template=PLACE)
-    (name, timeout), _ = msgspec.json.schema_components((ModelName, RequestTimeout))
+    (name, timeout, key), _ = msgspec.json.schema_components(
+        (ModelName, RequestTimeout, IdempotencyKey)
+    )
+    headers = {"X-Request-Timeout": timeout, "Idempotency-Key": key}
     paths: dict[str, Any] = {}
     for operation in OPERATIONS:
-        described = _operation(operation, name, timeout)
+        described = _operation(operation, name, headers)
         paths.setdefault(operation.path, {})[operation.method] = described
     return {
         "openapi": "3.1.0",
@@ -154,7 +159,7 @@ def describe() -> dict[str, Any]:
 
 
 def _operation(
-    operation: Operation, name: dict[str, Any], timeout: dict[str, Any]
+    operation: Operation, name: dict[str, Any], headers: dict[str, Any]
 ) -> dict[str, Any]:
     described: dict[str, Any] = {
         "operationId": operation.name,
@@ -164,7 +169,9 @@ def _operation(
     if "{id}" in operation.path:
         described["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": name}]
     if operation.body is not None:
-        described["parameters"] = [{"name": "X-Request-Timeout", "in": "header", "schema": timeout}]
+        described["parameters"] = [
+            {"name": header, "in": "header", "schema": schema} for header, schema in headers.items()
+        ]
         described["requestBody"] = {
             "required": True,
             "content": {"application/json": {"schema": _reference(operation.body)}},

@@ -32,6 +32,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     retry_share: float = 0.2
     """Of the requests, how many may be tried anew before their first token, beside a few a second
     that always may (`router.retrying`)."""
+    idempotency_seconds: float = 600.0
+    """How long a finished answer is kept for those who send its `Idempotency-Key` again."""
+    idempotency_memory: int = 64 * MIB
+    """Bytes for such answers; 0: the header is ignored."""
     reader_timeout: float = 60.0
     """How long a client may leave a full connection unread."""
     max_rtt: float = CAP
