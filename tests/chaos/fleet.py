@@ -77,6 +77,16 @@ class Fleet:
         self._processes[name].kill()
         self._processes.pop(name).wait(WAIT)
 
+    async def end(self, name: str) -> int:
+        """As an operator does; its exit code."""
+        process = self._processes.pop(name)
+        process.send_signal(signal.SIGTERM)
+        try:
+            return await asyncio.to_thread(process.wait, WAIT)
+        except BaseException:
+            process.kill()
+            raise
+
     def busy(self, *workers: str) -> int:
         """Attempts that run or wait on these workers, as they tell."""
         beats = [self.heard.workers[name] for name in workers if name in self.heard.workers]
@@ -105,6 +115,8 @@ class Fleet:
             result = holds()
             if await result if asyncio.iscoroutine(result) else result:
                 return time.monotonic() - began
+            ended = [name for name, one in self._processes.items() if one.poll() is not None]
+            assert not ended, self.story()
             assert time.monotonic() - began < within, self.story()
             await asyncio.sleep(0.02)
 
