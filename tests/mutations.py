@@ -6,7 +6,10 @@ from typing import Any
 
 import msgspec
 
-__all__ = ("Mutator",)
+__all__ = ("MOST", "Mutator")
+
+MOST = 1 << 20
+"""Bytes of a message; NATS itself refuses those above `max_payload`."""
 
 _ODD: tuple[Any, ...] = (
     *(-1, 0, 1, 2**31, 2**53, 2**63 - 1, 2**64 - 1, -(2**63)),
@@ -40,7 +43,7 @@ class Mutator:
         """One mutation of a message."""
         mutated = self.random.choice(self._ways)(message)
         self._last = message
-        return mutated
+        return mutated[:MOST]
 
     def _meant(self, message: bytes) -> bytes:
         """Something odd in the place of a part."""
