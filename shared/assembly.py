@@ -10,7 +10,19 @@ from typing import Literal
 
 import msgspec
 
-from shared.protocol import Accepted, Busy, Delta, Done, EmbedResult, End, Fail, Frame, Resumed
+from shared.protocol import (
+    Accepted,
+    Busy,
+    Delta,
+    Done,
+    EmbedResult,
+    End,
+    Fail,
+    Frame,
+    Generate,
+    Request,
+    Resumed,
+)
 
 __all__ = ("Assembly", "Verdict")
 
@@ -31,15 +43,38 @@ class Assembly(msgspec.Struct):
     done: set[int] = set()
     tails: set[int] = set()
     """Choices of which the text after their last token has come."""
+    before: dict[int, int] = {}
+    """Tokens of the choices that were done before the first attempt, in number."""
     ended: bool = False
 
     def __post_init__(self) -> None:
         if not self.tokens:
             self.tokens = [array("i") for _ in range(self.choices)]
 
+    @classmethod
+    def of(cls, request: Request) -> "Assembly":
+        """Of a request that nobody has been asked yet.
+
+        Choices that its client has to their end are done.
+        """
+        if not isinstance(request, Generate):
+            return cls(request.attempt)
+        had = request.reading.had if request.reading is not None else ()
+        if not any(choice.done for choice in had):
+            return cls(request.attempt, request.n)
+        before = {index: choice.count for index, choice in enumerate(had) if choice.done}
+        return cls(request.attempt, request.n, done=set(before), before=before)
+
     def again(self, attempt: int) -> "Assembly":
         """The same answer on another attempt; this one must not be used any more."""
-        return Assembly(attempt, self.choices, tokens=self.tokens, done=self.done, tails=self.tails)
+        return Assembly(
+            attempt,
+            self.choices,
+            tokens=self.tokens,
+            done=self.done,
+            tails=self.tails,
+            before=self.before,
+        )
 
     @property
     def count(self) -> int:
@@ -52,7 +87,9 @@ class Assembly(msgspec.Struct):
         if not self.done and not any(self.tokens):
             return ()
         return tuple(
-            Resumed(done=len(tokens)) if choice in self.done else Resumed(tuple(tokens))
+            Resumed(done=self.before.get(choice, len(tokens)))
+            if choice in self.done
+            else Resumed(tuple(tokens))
             for choice, tokens in enumerate(self.tokens)
         )
 

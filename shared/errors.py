@@ -4,6 +4,7 @@ MeshError
 ├── InvalidRequest        400 invalid_request_error
 │   └── ContextExceeded   400 context_length_exceeded
 ├── ModelNotFound         404 model_not_found
+├── CannotContinue        410 cannot_continue: what the client has of an answer cannot go on
 ├── PayloadTooLarge       413 payload_too_large
 ├── QueueFull             429 queue_full, Retry-After
 ├── WorkerFailed          502 worker_failed: a worker, its engine or its frames were lost
@@ -16,6 +17,7 @@ Codes travel in `shared.protocol.Fail`; only the router turns them into HTTP.
 from typing import ClassVar
 
 __all__ = (
+    "CannotContinue",
     "ContextExceeded",
     "DeadlineExceeded",
     "InvalidRequest",
@@ -68,6 +70,16 @@ class ModelNotFound(MeshError):
     code = "model_not_found"
 
 
+class CannotContinue(MeshError):
+    """What the client has of an answer cannot go on: it would be followed by something else.
+
+    OpenAI's SDKs do not ask again by themselves after a 410, which would be in vain.
+    """
+
+    status = 410
+    code = "cannot_continue"
+
+
 class PayloadTooLarge(MeshError):
     """The body or the envelope exceeds a limit, which the message names with its number."""
 
@@ -112,6 +124,7 @@ _BY_CODE: dict[str, type[MeshError]] = {
         InvalidRequest,
         ContextExceeded,
         ModelNotFound,
+        CannotContinue,
         PayloadTooLarge,
         QueueFull,
         WorkerFailed,

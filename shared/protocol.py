@@ -34,9 +34,11 @@ __all__ = (
     "Fail",
     "Frame",
     "Generate",
+    "Had",
     "Handback",
     "Message",
     "Priority",
+    "Reading",
     "Request",
     "Resumed",
     "Sampling",
@@ -159,6 +161,36 @@ class Resumed(msgspec.Struct, frozen=True, array_like=True):
     """Tokens of the choice, if its `Done` has come; else -1."""
 
 
+class Had(msgspec.Struct, frozen=True, array_like=True):
+    """What the client has of one choice, from a connection that it has lost."""
+
+    count: bounds.Count = 0
+    """So many tokens, with all the text that they made certain."""
+    check: bounds.Count = 0
+    """Of their ids (`shared.token_check`)."""
+    whole: bool = False
+    """And the text that only the end made certain: nothing but the end may follow."""
+    done: bool = False
+    """And why it ended."""
+
+
+class Reading(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The client may lose its connection and go on reading on another one.
+
+    Its worker keeps the tokens for a while. When the request comes again with `had`, it tells the
+    tokens that the client has without their text, so that the router knows them, and goes on as it
+    would have; a worker that has not kept them generates them once more, and compares.
+    """
+
+    key: int
+    """Under which, and the owner, the tokens are kept: 63 random bits that only the client knows.
+    """
+    had: tuple[Had, ...] = ()
+    """One a choice; empty: the answer begins."""
+    worker: str = ""
+    """Who had the answer when the client lost it: routers ask there first."""
+
+
 class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
     """One generation request, free of any dialect."""
 
@@ -187,6 +219,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
     """Set only in the head of a request whose body follows in chunks: its bytes in all."""
     resume: tuple[Resumed, ...] = ()
     """Empty at first; else one a choice."""
+    reading: Reading | None = None
+    """None: the answer is lost with the client's connection."""
     priority: Priority = "interactive"
 
 

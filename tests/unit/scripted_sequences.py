@@ -69,7 +69,7 @@ class Setup:
         )
         self.limit, self.matched, self.tools, self.thinks = limit, matched, tools, thinks
 
-    def sequence(self):
+    def sequence(self, quiet=None):
         job = Job(self.request, "reply", 0.0, [1, 2], frozenset((END,)))
         return Sequence(
             job,
@@ -81,6 +81,7 @@ class Setup:
             if self.tools
             else None,
             reasoning=ReasoningParser(opened=True) if self.thinks else None,
+            quiet=quiet,
         )
 
 

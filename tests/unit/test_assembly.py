@@ -15,11 +15,17 @@ from shared.protocol import (
     Busy,
     Delta,
     Done,
+    Embed,
     EmbedResult,
     End,
     Fail,
     Frame,
+    Generate,
+    Had,
+    Reading,
     Resumed,
+    Sampling,
+    TextInput,
     Timings,
     Usage,
 )
@@ -250,3 +256,28 @@ def test_a_choice_that_was_not_asked_for_is_a_gap(choice: int) -> None:
     assembly = Assembly(ATTEMPT, 2)
     assert assembly.check(Delta(ATTEMPT, choice, 0, (1,))) == "gap"
     assert assembly.check(Done(ATTEMPT, choice, 0, "stop")) == "gap"
+
+
+def test_what_the_client_has_to_its_end_is_done() -> None:
+    had = (Had(5, 1, done=True), Had(3, 2), Had(0, 0, done=True))
+    request = Generate(
+        "id", ATTEMPT, "m", TextInput("x"), Sampling(1), 0.0, n=3, reading=Reading(7, had)
+    )
+    assembly = Assembly.of(request)
+    assert assembly.count == 0
+    assert assembly.resume == (Resumed(done=5), Resumed(), Resumed(done=0))
+    assert assembly.check(Delta(ATTEMPT, 0, 0, (1,))) == "drop"
+    assert assembly.check(Delta(ATTEMPT, 1, 0, (8, 9))) == "take"
+    again = assembly.again(OTHER)
+    assert again.resume == (Resumed(done=5), Resumed((8, 9)), Resumed(done=0))
+    assert again.check(Done(OTHER, 1, 2, "stop")) == "take"
+    assert again.check(End(OTHER, Usage(1, 7), Timings(0, 0, 0))) == "take"
+
+
+def test_a_request_that_begins_has_nothing_done() -> None:
+    request = Generate("id", ATTEMPT, "m", TextInput("x"), Sampling(1), 0.0, n=2)
+    assert Assembly.of(request) == Assembly(ATTEMPT, 2)
+    readable = msgspec.structs.replace(request, reading=Reading(7))
+    assert Assembly.of(readable) == Assembly(ATTEMPT, 2)
+    embed = Embed("id", ATTEMPT, "m", (TextInput("x"),), 0.0)
+    assert Assembly.of(embed) == Assembly(ATTEMPT)

@@ -18,15 +18,16 @@ from shared.protocol import (
     Constraint,
     Embed,
     Generate,
-    Resumed,
     TextInput,
     TokenInput,
     decode_request,
 )
 from worker.engine.constraint import ConstraintCompiler, Matcher
+from worker.engine.earlier import Earlier
 from worker.engine.embedding import EmbedJob
 from worker.engine.job import Job
 from worker.engine.llama import Model
+from worker.engine.reading_log import ReadingLog
 from worker.engine.sequence import Sequence
 from worker.engine.template import FALLBACK_TEMPLATE, ChatTemplate
 from worker.engine.tools import (
@@ -93,6 +94,8 @@ class Intake:
         self._family = detect_family(source)
         self._thinks = "<think>" in source
         self._constraints = ConstraintCompiler(model.vocab)
+        self.log = ReadingLog()
+        """What the loop keeps of answers; here it is only read."""
         self.arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
@@ -165,7 +168,9 @@ class Intake:
             constraint = (
                 tool_constraint(self._family, source.tools, source.tool_choice) or constraint
             )
-        for choice, before in enumerate(_resumed(request)):
+        earlier = Earlier(request, self.log)
+        job.record = earlier.record
+        for choice, before in enumerate(earlier.resumed):
             if before.done >= 0:
                 job.completion += before.done
                 continue
@@ -177,10 +182,11 @@ class Intake:
                 matcher=self._matcher(constraint),
                 tools=self._tool_parser(source, request, choice) if tools else None,
                 reasoning=ReasoningParser(opened=opened) if self._reasons(source) else None,
+                quiet=earlier.quiet(choice),
             )
-            if before.tokens:
-                sequence.replay(before.tokens)
+            earlier.bring(sequence, job.told)
             job.sequences.append(sequence)
+        job.begun = earlier.begun
         job.replayed = job.completion
         job.open = len(job.sequences)
         return job
@@ -219,6 +225,8 @@ class Intake:
             raise InvalidRequest(
                 f"dimensions: must be from 1 to {size} for this model", param="dimensions"
             )
+        if not request.inputs:
+            raise InvalidRequest("input is empty", param="input")
         inputs = [self._tokens(source) for source in request.inputs]
         for index, tokens in enumerate(inputs):
             if not tokens:
@@ -230,15 +238,3 @@ class Intake:
                     param="input",
                 )
         return EmbedJob(request, message.reply, message.received, inputs)
-
-
-def _resumed(request: Generate) -> tuple[Resumed, ...]:
-    """What earlier attempts brought, by choice."""
-    if not request.resume:
-        return (Resumed(),) * request.n
-    if len(request.resume) != request.n:
-        raise InvalidRequest(
-            f"resume: it has {len(request.resume)} choices; the request has {request.n}",
-            param="resume",
-        )
-    return request.resume

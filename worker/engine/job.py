@@ -3,7 +3,8 @@
 import time
 from typing import TYPE_CHECKING
 
-from shared.protocol import End, Generate, Timings, Usage
+from shared.protocol import End, Frame, Generate, Timings, Usage
+from worker.engine.reading_log import Record
 
 if TYPE_CHECKING:
     from worker.engine.sequence import Sequence
@@ -39,7 +40,13 @@ class Job:
         self.cached = 0
         self.completion = 0
         self.replayed = 0
-        """Tokens of the answer that earlier attempts told."""
+        """Tokens of the answer that earlier attempts told, or that were kept of it."""
+        self.begun = False
+        """Somebody is in the middle of reading this, as a router or what was kept of it says."""
+        self.record: Record | None = None
+        """What is kept of it, if its client may lose its connection."""
+        self.told: list[Frame] = []
+        """Frames that need no computing: of what was kept of it."""
         self.drafted = 0
         self.accepted = 0
         self.started = 0.0

@@ -7,11 +7,12 @@ sequence lives, `scheduler.py` what goes into a step, `sampling.py` which token 
 import queue
 import time
 from collections.abc import Sequence as Drafts
+from operator import attrgetter
 from typing import NamedTuple
 
 import structlog
 
-from shared.errors import DeadlineExceeded, MeshError, WorkerFailed
+from shared.errors import CannotContinue, DeadlineExceeded, MeshError, WorkerFailed
 from shared.protocol import Fail, Frame
 from worker.engine.calibration import Calibration
 from worker.engine.embedding import Embedder, EmbedJob
@@ -21,7 +22,7 @@ from worker.engine.job import Job
 from worker.engine.llama import Batch, Context
 from worker.engine.outbox import Outbox
 from worker.engine.prefixes import Prefixes
-from worker.engine.scheduler import Pace, plan, stretch
+from worker.engine.scheduler import Pace, plan
 from worker.engine.sequence import NoTokenLeft, Sequence
 from worker.engine.slots import TOKENS_A_GAP_STEP, Placement, Slot, Slots, hole
 from worker.engine.speculation.candidates import Candidate
@@ -35,6 +36,7 @@ __all__ = ("Loop",)
 log = structlog.get_logger()
 
 _IDLE_SECONDS = 0.5
+_slot_of = attrgetter("place")
 
 
 class _Sampled(NamedTuple):
@@ -66,6 +68,7 @@ class Loop:
         self._step_tokens = step_tokens
         self._embedder = embedder
         self._intake = intake
+        self._log = intake.log
         self._outbox = outbox
         self._speculator = speculator
         self._slots = Slots(context.slots)
@@ -130,9 +133,11 @@ class Loop:
                 return
 
     def _begin(self, job: Job) -> None:
+        if job.record is not None and (before := self._log.begin(job.record)) in self._jobs:
+            self._fail(before, CannotContinue("The client reads on on another connection."))
         self._jobs[job.attempt] = job
         left = [sequence for sequence in job.sequences if sequence.over is None]
-        if job.request.resume:
+        if job.begun:
             # Somebody is in the middle of reading this.
             self._waiting.push_first(left)
         else:
@@ -140,8 +145,9 @@ class Loop:
             for sequence in left:
                 owner, cost = job.request.owner, job.cost(sequence)
                 self._waiting.push(sequence, owner=owner, cost=cost, batch=batch, now=now)
-        if len(left) < len(job.sequences) or not left:
+        if job.told or len(left) < len(job.sequences) or not left:
             frames = self._outbox.frames(job.reply)
+            frames += job.told
             for sequence in job.sequences:
                 sequence.finish(frames)
             self._closed(job, len(job.sequences) - len(left), frames)
@@ -151,6 +157,7 @@ class Loop:
         job.open -= count
         if job.open == 0:
             frames.append(job.end())
+            self._log.end(job.record)
             del self._jobs[job.attempt]
             self._outbox.ended(job.attempt)
 
@@ -175,6 +182,7 @@ class Loop:
         if isinstance(job, EmbedJob):
             self._embedder.remove(job)
         else:
+            self._log.end(job.record)
             for sequence in [s for s in self._running if s.job is job]:
                 self._retire(sequence)
             self._waiting.remove(lambda sequence: sequence.job is job)
@@ -249,7 +257,7 @@ class Loop:
         drafts: Drafts[list[int]] = ()
         alone = decoding == len(running)
         if alone:
-            running.sort(key=_index)
+            running.sort(key=_slot_of)
             if self._speculator is not None:
                 drafts = self._draft(self._speculator)
         speculating = any(drafts)
@@ -257,7 +265,7 @@ class Loop:
             rows, sampled = self._fill_decoding()
         else:
             budget = self._pace.budget(decoding, urgent=any(s.awaited for s in running))
-            rows, sampled = self._fill(plan([_stretch(s) for s in running], budget), drafts)
+            rows, sampled = self._fill(plan([s.stretch for s in running], budget), drafts)
         # an idle prefill, with no row in this step, leaves it one of decoding alone
         alone = alone or rows == decoding
         self._threads.choose(prefill=not alone)
@@ -297,7 +305,7 @@ class Loop:
         running, batch = self._running, self._batch
         # ascending slots, so that llama.cpp finds them consecutive
         order = sorted(
-            (i for i, rows in enumerate(rows_of) if rows), key=lambda i: _index(running[i])
+            (i for i, rows in enumerate(rows_of) if rows), key=lambda i: running[i].place
         )
         row = 0
         sampled: list[_Sampled] = []
@@ -353,6 +361,8 @@ class Loop:
             slot = sequence.slot
             assert slot is not None  # noqa: S101
             slot.tokens += advance.tokens
+            if job.record is not None:
+                job.record.take(sequence.choice, advance.tokens, sequence.over)
             slot.cached = end + advance.rows - 1
             if advance.rows < len(rows):
                 self._context.forget(slot.index, slot.cached)
@@ -387,12 +397,3 @@ class Loop:
             kv_used=held / (self._context.slots * self._context.context),
             speculation=self._speculator.counters if self._speculator is not None else None,
         )
-
-
-def _stretch(sequence: Sequence) -> int:
-    slot = sequence.slot
-    return 0 if slot is None else stretch(slot.cached, slot.prompt_size, len(slot.tokens))
-
-
-def _index(sequence: Sequence) -> int:
-    return -1 if sequence.slot is None else sequence.slot.index

@@ -1,32 +1,36 @@
 """A sequence: the state of one choice of a job that is being generated.
 
 Turns sampled tokens into frames: text assembly, stop strings, reasoning, tool calls, logprobs.
-Takes in silence the tokens that earlier attempts told. Knows nothing of batches or the KV cache.
+Takes in silence the tokens that earlier attempts told, and tells without text those that the client
+has. Knows nothing of batches or the KV cache.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from typing import Literal, NamedTuple
 
-from shared.errors import InvalidRequest, MeshError
+from shared.errors import InvalidRequest
 from shared.protocol import Delta, Done, Frame, TokenLogprob, ToolDelta
 from worker.engine.constraint import Matcher
+from worker.engine.draft_guesser import DraftGuesser
 from worker.engine.draws import uniform
 from worker.engine.job import Job
+from worker.engine.quiet import Quiet
 from worker.engine.sampling import (
     Logits,
     Sampler,
     choose,
-    confidence,
     log_probabilities,
     most_likely,
 )
+from worker.engine.scheduler import stretch
 from worker.engine.slots import Slot
 from worker.engine.speculation.candidates import Drafting
 from worker.engine.telling import Telling
 from worker.engine.text import TextAssembler
 from worker.engine.tools import ReasoningParser, ToolParser
 
-__all__ = ("Advance", "DraftGuesser", "NoTokenLeft", "Sequence")
+__all__ = ("Advance", "NoTokenLeft", "Sequence")
 
 Reason = Literal["stop", "length", "tool_calls"]
 
@@ -55,49 +59,6 @@ class Advance(NamedTuple):
     """Rows sampled from: the last token and the draft tokens before the last one sampled."""
 
 
-class DraftGuesser:
-    """Draws a sequence's draft tokens as the sequence itself will draw: with the same parameters
-    and random numbers, so that drafts agree with samples as often as they can.
-    """
-
-    __slots__ = ("_index", "_matcher", "_over", "_sampler", "_sequence")
-
-    def __init__(self, sequence: "Sequence", sampler: Sampler, matcher: Matcher | None) -> None:
-        self._sequence = sequence
-        self._sampler = sampler
-        self._matcher = matcher
-        self._index = sequence.count
-        self._over = False
-
-    def guess(self, row: Logits) -> tuple[int, float]:
-        """The next draft token, and how sure the draft is of it, 0 to 1.
-
-        Where the constraint lets nothing follow, the token means nothing, and its sureness is 0.
-        """
-        if self._over:
-            return 0, 0.0
-        if not self._sampler.plain:
-            self._sampler.adjust(row)
-        try:
-            if self._matcher is not None:
-                self._matcher.apply(row)
-        except MeshError:
-            # The sequence's own matcher will say so when it comes to this token.
-            self._over = True
-            return 0, 0.0
-        sequence = self._sequence
-        params = sequence.job.request.sampling
-        token = choose(row, params, uniform(params.seed, sequence.choice, self._index))
-        self._index += 1
-        if row[token] == -float("inf"):
-            self._over = True
-            return token, 0.0
-        sure = confidence(row, token, params.temperature or 1.0)
-        if self._matcher is not None:
-            self._over = not self._matcher.accept(token) or self._matcher.stopped
-        return token, sure
-
-
 class Sequence:
     """One choice of a job."""
 
@@ -106,6 +67,7 @@ class Sequence:
         "_matcher",
         "_pieces",
         "_plain",
+        "_quiet",
         "_reasoning",
         "_sampler",
         "_tools",
@@ -129,6 +91,7 @@ class Sequence:
         matcher: Matcher | None,
         tools: ToolParser | None,
         reasoning: ReasoningParser | None,
+        quiet: Quiet | None = None,
     ) -> None:
         self.job = job
         self.choice = choice
@@ -138,7 +101,7 @@ class Sequence:
         """What is to be computed before anything is sampled: the prompt, and behind it what was
         replayed."""
         self.over: Reason | None = None
-        """Why nothing is left to sample after what was replayed."""
+        """Why nothing is left to sample."""
         self.slot: Slot | None = None
         self.drafting: Drafting | None = None
         """None: nothing is drafted for it."""
@@ -147,12 +110,14 @@ class Sequence:
         self._matcher = matcher
         self._tools = tools
         self._reasoning = reasoning
+        self._quiet = quiet
         self._sampler = Sampler(job.request.sampling, job.prompt, job.end_tokens)
         self._plain = (
             self._sampler.unchanging
             and matcher is None
             and tools is None
             and reasoning is None
+            and quiet is None
             and job.request.logprobs is None
         )
         """A token is sampled and its text is told, and that is all."""
@@ -162,6 +127,17 @@ class Sequence:
         """Tokens that are yet to be computed; 0 without a slot."""
         slot = self.slot
         return 0 if slot is None else len(slot.tokens) - slot.cached
+
+    @property
+    def place(self) -> int:
+        """The number of its slot; -1 without one."""
+        return -1 if self.slot is None else self.slot.index
+
+    @property
+    def stretch(self) -> int:
+        """Tokens that may be computed in one step, as `scheduler.stretch` says."""
+        slot = self.slot
+        return 0 if slot is None else stretch(slot.cached, slot.prompt_size, len(slot.tokens))
 
     @property
     def awaited(self) -> bool:
@@ -241,6 +217,8 @@ class Sequence:
             return token, "stop"
         emitted.append(token)
         taken = self._take(token)
+        if self._had(token, telling):
+            return token, taken.over
         logprobs: tuple[TokenLogprob, ...] = ()
         if raw is not None and wanted is not None:
             top = tuple(self._logprob(t, float(raw[t])) for t in most_likely(raw, wanted))
@@ -263,14 +241,58 @@ class Sequence:
             over = "stop"
         return Taken(content, reasoning, deltas, over)
 
-    # going on after an attempt that was lost
+    # going on after an attempt, or a client's connection, that was lost
+
+    def _had(self, token: int, telling: Telling) -> bool:
+        """Whether the client has the token just taken; then it is told, without its text.
+
+        Raises:
+            CannotContinue: the client has another one.
+        """
+        if self._quiet is None or not self._quiet.covers(token, self.count):
+            return False
+        telling.add(token, "", (), (), "")
+        if self._quiet.ends(self.count):
+            telling.tell()
+        return True
 
     def replay(self, tokens: Tokens[int]) -> None:
         """Take the tokens that earlier attempts told as if they had been sampled, telling nothing.
 
         Raises:
             InvalidRequest: they cannot be an output of this request on this model.
+            CannotContinue: the client has others.
         """
+        for token, _ in self._retake(tokens):
+            if self._quiet is not None:
+                self._quiet.covers(token, self.count)
+        self._ended_quietly()
+
+    def recall(self, tokens: Tokens[int], over: Reason | None, frames: list[Frame]) -> None:
+        """Take the tokens that were kept of the answer, and tell them as if they had been sampled.
+
+        Without log probabilities, which are not kept.
+
+        Args:
+            tokens: from the first one on.
+            over: why the choice was complete with them, if it was.
+            frames: gets what is to be told.
+
+        Raises: as `replay`.
+        """
+        telling = Telling(self.job.attempt, self.choice, 0, frames)
+        for token, taken in self._retake(tokens):
+            if not self._had(token, telling):
+                telling.add(token, taken.content, (), taken.deltas, taken.reasoning)
+        telling.tell()
+        self.over = self.over or over
+        self._ended_quietly()
+
+    def _ended_quietly(self) -> None:
+        if self.over is not None and self._quiet is not None:
+            self._quiet.end(self.count)
+
+    def _retake(self, tokens: Tokens[int]) -> Iterator[tuple[int, Taken]]:
         fit = self.allowed(tokens)
         for index, token in enumerate(tokens):
             if index >= fit or self.over == "stop" or not 0 <= token < len(self._pieces):
@@ -278,7 +300,9 @@ class Sequence:
                     f"token {index} of choice {self.choice} cannot have been sampled",
                     param="resume",
                 )
-            self.over = self._take(token).over
+            taken = self._take(token)
+            self.over = taken.over
+            yield token, taken
         self.tokens = [*self.job.prompt, *tokens]
 
     def finish(self, frames: list[Frame]) -> None:
@@ -288,7 +312,7 @@ class Sequence:
 
     # speculation
 
-    def guesser(self) -> "DraftGuesser":
+    def guesser(self) -> DraftGuesser:
         """What draws the draft tokens that are to follow."""
         matcher = self._matcher.fork() if self._matcher is not None else None
         return DraftGuesser(self, self._sampler, matcher)
@@ -307,6 +331,8 @@ class Sequence:
         return text, reasoning, deltas
 
     def _finish(self, reason: Reason, frames: list[Frame]) -> None:
+        self.over = reason
+        self._ended_quietly()
         stopped_by = self._assembler.stopped_by
         tail = "" if stopped_by else self._assembler.flush()
         text, reasoning, deltas = self._parse(tail)
@@ -324,7 +350,8 @@ class Sequence:
             if self._tools.called and reason == "stop":
                 reason = "tool_calls"
         job = self.job
-        if text or reasoning or deltas:
+        told = self._quiet is not None and self._quiet.whole
+        if (text or reasoning or deltas) and not told:
             frames.append(
                 Delta(job.attempt, self.choice, self.count, (), text, (), deltas, reasoning)
             )
