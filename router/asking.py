@@ -20,7 +20,7 @@ from shared import subjects
 from shared.assembly import Assembly
 from shared.bus import BusUnavailable
 from shared.errors import DeadlineExceeded, MeshError, Unavailable, WorkerFailed
-from shared.protocol import VERSION, Busy, Frame, Generate, Request
+from shared.protocol import VERSION, Busy, Frame, Request
 
 __all__ = ("Asking",)
 
@@ -51,8 +51,7 @@ class Asking(ABC):
     def __init__(self, desk: Desk, request: Request, cache_key: str) -> None:
         self._desk = desk
         self._request = request
-        choices = request.n if isinstance(request, Generate) else 1
-        self._assembly = Assembly(request.attempt, choices)
+        self._assembly = Assembly.of(request)
         self._search = Search(desk.fleet, desk.breakers, request, cache_key)
         self._silence = Silence()
         self._base = 0

@@ -19,7 +19,7 @@ from router.explain import as_comment, explanation
 from router.metrics import Metrics
 from router.problems import JSON, error_body, error_headers
 from router.sse import Outlet, merge_frames, weight
-from shared.errors import MeshError
+from shared.errors import CannotContinue, MeshError
 from shared.protocol import Delta, Done, EmbedResult, End, Frame, Request
 
 __all__ = ("ABORT", "RAW_SEND", "REQUEST_ID", "STARTED", "WRITE_CHUNK", "Exchange")
@@ -124,6 +124,10 @@ class Exchange:
         except MeshError as error:
             self.fail(error)
 
+    def worker_of(self, part: int) -> str:
+        """Who has a part now; empty: nobody."""
+        return self._calls[part].worker if part < len(self._calls) else ""
+
     @property
     def failed(self) -> bool:
         """Whether it has ended, or is about to end, with an error."""
@@ -142,10 +146,13 @@ class Exchange:
         outlet = self._outlet
         if outlet is None or self._failure is not None:
             return
-        if outlet.parked:
-            self._hold(part, frame)
-        elif body := self._render(part, frame):
-            self._write(outlet, body, now)
+        try:
+            if outlet.parked:
+                self._hold(part, frame)
+            elif body := self._render(part, frame):
+                self._write(outlet, body, now)
+        except CannotContinue as error:
+            self.fail(error)
 
     def fail(self, error: MeshError) -> None:
         """End with an error: a status if none was sent yet, else an event in the stream."""
@@ -256,7 +263,11 @@ class Exchange:
             return
         held, self._held = merge_frames(self._held), []
         self._held_size = 0
-        body = b"".join(self._render(part, frame) for part, frame in held)
+        try:
+            body = b"".join(self._render(part, frame) for part, frame in held)
+        except CannotContinue as error:
+            self.fail(error)
+            return
         self._last_write = now = time.monotonic()
         if body:
             self._write(outlet, body, now)

@@ -14,6 +14,7 @@ from litestar.handlers import ASGIRouteHandler
 from router.automatic import AUTO, choose_model
 from router.body import read_json_body
 from router.conversation import BYTES_PER_TOKEN
+from router.dialects.answer import Answer, Earlier
 from router.dialects.chat import ChatRequest, chat_to_generate, parse_chat
 from router.dialects.chat_answer import ChatAnswer, ChatStream
 from router.dialects.completions import (
@@ -32,9 +33,11 @@ from router.dialects.embeddings import (
 from router.dispatch import Dispatcher
 from router.exchange import REQUEST_ID, Exchange
 from router.explain import wants_explanation
+from router.fleet import Fleet
 from router.metrics import Metrics
 from router.owner import bearer_key, owner_of
 from router.problems import MethodNotAllowed
+from router.reading import ReadableStream, Reader, same_model, wants_ids
 from router.repeating import Repeating
 from router.secret import attempt_number
 from router.settings import Settings
@@ -82,11 +85,117 @@ class Origin(NamedTuple):
     """Whether the answer should say why it came from where it came."""
     idempotency: str = ""
     """The `Idempotency-Key`; empty: none."""
+    readable: bool = False
+    """Whether the client may want to go on reading on another connection."""
+    last_event_id: bytes | None = None
+    """Where it does so; None: the answer begins."""
 
     def own(self, request: _Owned) -> _Owned:
         """Say whose request it is."""
         owner = owner_of(self.key, request.user)
         return msgspec.structs.replace(request, owner=owner) if owner else request
+
+    def reader(
+        self, requests: list[Generate], *, stream: bool, offsets: bool = False
+    ) -> Reader | None:
+        """Where the client is in the answer to these requests; None: it asks for no ids.
+
+        Raises:
+            InvalidRequest: it is in no such answer.
+        """
+        if self.last_event_id is not None and not stream:
+            raise InvalidRequest(
+                "'Last-Event-ID' goes on with a stream: 'stream' must be true.",
+                param="Last-Event-ID",
+            )
+        if not stream or not (self.readable or self.last_event_id is not None):
+            return None
+        return Reader(self.last_event_id, self.body, requests, offsets=offsets)
+
+
+class _Making(NamedTuple):
+    """What a dialect makes of a request."""
+
+    requests: list[Generate]
+    answer: Callable[[Earlier | None], Answer]
+    offsets: bool = False
+    """Its log probabilities tell where in the text they are."""
+
+
+def _making_chat(wanted: ChatRequest, origin: Origin) -> _Making:
+    generate = chat_to_generate(wanted, attempt=attempt_number(), **origin.fields)
+    n = generate.n
+
+    def answer(earlier: Earlier | None) -> Answer:
+        if wanted.stream:
+            usage = _includes_usage(wanted)
+            return ChatStream(wanted.model, n, include_usage=usage, earlier=earlier)
+        return ChatAnswer(wanted.model, n, logprobs=bool(wanted.logprobs))
+
+    return _Making([generate], answer)
+
+
+def _making_completion(wanted: CompletionRequest, origin: Origin) -> _Making:
+    prompts = prompts_of(wanted)
+    generates = completion_to_generates(
+        wanted, [attempt_number() for _ in prompts], **origin.fields
+    )
+    echoes = [p.text if wanted.echo and isinstance(p, TextInput) else "" for p in prompts]
+    n = generates[0].n
+    logprobs = wanted.logprobs is not None
+
+    def answer(earlier: Earlier | None) -> Answer:
+        if wanted.stream:
+            usage = _includes_usage(wanted)
+            return CompletionStream(wanted.model, n, echoes, include_usage=usage, earlier=earlier)
+        return CompletionAnswer(wanted.model, n, echoes, logprobs=logprobs)
+
+    return _Making(generates, answer, offsets=logprobs)
+
+
+def _named(fleet: Fleet, wanted: _Named, origin: Origin, *, embeddings: bool = False) -> _Named:
+    """The same request for the model that `auto` stands for."""
+    if wanted.model != AUTO:
+        return wanted
+    if origin.last_event_id is not None and not embeddings:
+        owner = owner_of(origin.key, wanted.user or "")
+        known = (view.name for view in fleet.models())
+        model = same_model(origin.last_event_id, origin.body, owner, known)
+    else:
+        tokens = len(origin.body) // BYTES_PER_TOKEN
+        model = choose_model(fleet, embeddings=embeddings, tokens=tokens)
+    return msgspec.structs.replace(wanted, model=model)
+
+
+def _exchange(
+    dispatcher: Dispatcher,
+    metrics: Metrics,
+    origin: Origin,
+    wanted: ChatRequest | CompletionRequest,
+    making: _Making,
+    route: str,
+) -> Exchange:
+    """What answers chat and completions, as a stream or whole, readable on or not."""
+    requests = [origin.own(generate) for generate in making.requests]
+    reader = origin.reader(requests, stream=bool(wanted.stream), offsets=making.offsets)
+    answer = making.answer(reader.earlier if reader else None)
+    if reader is not None:
+        workers = dispatcher.fleet.workers()
+        requests = reader.requests(workers, seeded=wanted.seed is not None)
+        answer = ReadableStream(answer, reader, include_usage=_includes_usage(wanted))
+    made = Exchange(
+        dispatcher,
+        metrics,
+        requests=[*requests],
+        answer=answer,
+        stream=bool(wanted.stream),
+        route=route,
+        cache_key=wanted.prompt_cache_key or "",
+        explain=origin.explain,
+    )
+    if isinstance(answer, ReadableStream):
+        answer.worker_of = made.worker_of
+    return made
 
 
 def inference_routes(
@@ -94,62 +203,21 @@ def inference_routes(
 ) -> list[ASGIRouteHandler]:
     """Routes for chat, completions and embeddings."""
 
+    fleet = dispatcher.fleet
     repeating = Repeating(dispatcher, metrics, settings)
 
-    def named(wanted: _Named, origin: Origin, *, embeddings: bool = False) -> _Named:
-        """The same request for the model that `auto` stands for."""
-        if wanted.model != AUTO:
-            return wanted
-        tokens = len(origin.body) // BYTES_PER_TOKEN
-        model = choose_model(dispatcher.fleet, embeddings=embeddings, tokens=tokens)
-        return msgspec.structs.replace(wanted, model=model)
-
     def chat(origin: Origin) -> Exchange:
-        wanted = named(parse_chat(origin.body), origin)
-        generate = chat_to_generate(wanted, attempt=attempt_number(), **origin.fields)
-        n = generate.n
-        include_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
-        return Exchange(
-            dispatcher,
-            metrics,
-            requests=[origin.own(generate)],
-            answer=(
-                ChatStream(wanted.model, n, include_usage=include_usage)
-                if wanted.stream
-                else ChatAnswer(wanted.model, n, logprobs=bool(wanted.logprobs))
-            ),
-            stream=bool(wanted.stream),
-            route=CHAT,
-            cache_key=wanted.prompt_cache_key or "",
-            explain=origin.explain,
-        )
+        wanted = _named(fleet, parse_chat(origin.body), origin)
+        making = _making_chat(wanted, origin)
+        return _exchange(dispatcher, metrics, origin, wanted, making, CHAT)
 
     def completions(origin: Origin) -> Exchange:
-        wanted = named(parse_completion(origin.body), origin)
-        prompts = prompts_of(wanted)
-        generates = completion_to_generates(
-            wanted, [attempt_number() for _ in prompts], **origin.fields
-        )
-        echoes = [p.text if wanted.echo and isinstance(p, TextInput) else "" for p in prompts]
-        n = generates[0].n
-        include_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
-        return Exchange(
-            dispatcher,
-            metrics,
-            requests=[origin.own(generate) for generate in generates],
-            answer=(
-                CompletionStream(wanted.model, n, echoes, include_usage=include_usage)
-                if wanted.stream
-                else CompletionAnswer(wanted.model, n, echoes, logprobs=wanted.logprobs is not None)
-            ),
-            stream=bool(wanted.stream),
-            route=COMPLETIONS,
-            cache_key=wanted.prompt_cache_key or "",
-            explain=origin.explain,
-        )
+        wanted = _named(fleet, parse_completion(origin.body), origin)
+        making = _making_completion(wanted, origin)
+        return _exchange(dispatcher, metrics, origin, wanted, making, COMPLETIONS)
 
     def embeddings(origin: Origin) -> Exchange:
-        wanted = named(parse_embedding(origin.body), origin, embeddings=True)
+        wanted = _named(fleet, parse_embedding(origin.body), origin, embeddings=True)
         embed = embedding_to_embed(wanted, attempt_number(), **origin.fields)
         return Exchange(
             dispatcher,
@@ -170,9 +238,11 @@ def inference_routes(
             read = _origin(scope, settings)
             body = await read_json_body(scope, receive, settings.max_body)
             origin = Origin(body, *read)
-            if not origin.idempotency or not settings.idempotency_memory:
+            again = origin.last_event_id is not None
+            if again or not origin.idempotency or not settings.idempotency_memory:
                 await begin(origin)(scope, receive, send)
                 return
+            # One that goes on reading wants the rest; what is kept is the whole.
             await repeating.answer(
                 scope,
                 receive,
@@ -191,13 +261,17 @@ def inference_routes(
     ]
 
 
-def _origin(scope: Any, settings: Settings) -> tuple[dict[str, Any], bytes, bool, str]:
+def _origin(
+    scope: Any, settings: Settings
+) -> tuple[dict[str, Any], bytes, bool, str, bool, bytes | None]:
     """What an `Origin` has beside its body, of which the fields are id, deadline and trace."""
     timeout = settings.request_timeout
     traceparent = ""
     key = b""
     explain = False
     idempotency = ""
+    readable = False
+    last_event_id: bytes | None = None
     for name, value in scope["headers"]:
         if name == b"x-request-timeout":
             timeout = _timeout(value)
@@ -209,12 +283,20 @@ def _origin(scope: Any, settings: Settings) -> tuple[dict[str, Any], bytes, bool
             explain = wants_explanation(value)
         elif name == b"idempotency-key":
             idempotency = _idempotency_key(value)
+        elif name == b"x-mesh-resumable":
+            readable = wants_ids(value)
+        elif name == b"last-event-id":
+            last_event_id = value.strip()
     fields = {
         "id": scope[REQUEST_ID],
         "deadline": time.time() + timeout,
         "traceparent": traceparent,
     }
-    return fields, key, explain, idempotency
+    return fields, key, explain, idempotency, readable, last_event_id
+
+
+def _includes_usage(wanted: ChatRequest | CompletionRequest) -> bool:
+    return bool(wanted.stream_options and wanted.stream_options.include_usage)
 
 
 def _timeout(value: bytes) -> float:

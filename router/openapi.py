@@ -25,6 +25,7 @@ from router.models import ModelList, ModelObject
 from router.problems import ErrorAnswer, UnsupportedMediaType
 from shared import __version__
 from shared.errors import (
+    CannotContinue,
     DeadlineExceeded,
     InvalidRequest,
     MeshError,
@@ -59,6 +60,7 @@ class Operation(msgspec.Struct, frozen=True):
 _GENERATING: tuple[type[MeshError], ...] = (
     InvalidRequest,
     ModelNotFound,
+    CannotContinue,
     PayloadTooLarge,
     UnsupportedMediaType,
     KeyReused,
@@ -205,6 +207,12 @@ def _event(chunk: type) -> dict[str, Any]:
         "type": "object",
         "required": ["data"],
         "properties": {
+            "id": {
+                "type": "string",
+                "description": "Where the client is, if it asked for that by "
+                "`X-Mesh-Resumable: 1`; as `Last-Event-ID` of the same request it goes on from "
+                "there.",
+            },
             "data": {
                 "anyOf": [
                     {"const": "[DONE]"},
@@ -214,7 +222,7 @@ def _event(chunk: type) -> dict[str, Any]:
                         "contentSchema": {"anyOf": [_reference(chunk), _reference(ErrorAnswer)]},
                     },
                 ]
-            }
+            },
         },
     }
 

@@ -25,7 +25,8 @@ each request of it knock at every door."""
 STALE_INTEREST = 0.0015
 """Seconds for which a new subscription may be unknown to another NATS node."""
 
-Why = Reason | Literal["queue_group"]
+Why = Reason | Literal["queue_group", "had_it"]
+"""`had_it`: a client goes on reading an answer that the worker has, or had."""
 
 _group = lru_cache(maxsize=4096)(subjects.infer)
 _door = lru_cache(maxsize=16_384)(subjects.infer_direct)
@@ -55,6 +56,7 @@ class Search:
         "_model",
         "_passes",
         "_pool",
+        "_prefer",
         "_probing",
         "_refused",
         "_request",
@@ -82,6 +84,8 @@ class Search:
         self._hoped = False
         self._passes = 0
         self._slots = request.n if isinstance(request, Generate) else 1
+        reading = request.reading if isinstance(request, Generate) else None
+        self._prefer = reading.worker if reading is not None else ""
         self._refused: set[str] = set()
         self._left = ""
         self._wary = False
@@ -108,6 +112,11 @@ class Search:
             return None
         candidates = self.candidates = pool.candidates
         barred = self._bar(pool)
+        worker, self._prefer = self._prefer, ""
+        if worker and worker in pool.eligible and worker not in barred:
+            self.reason = "had_it"
+            self.take(worker)
+            return Door(_door(self._model, worker), worker)
         open_to_all = pool.all_eligible and not self._wary and not barred
         if open_to_all and not self._group_tries and (candidates == 1 or not pool.free):
             return self._ask_group()

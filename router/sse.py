@@ -102,7 +102,8 @@ def merge_frames(frames: list[tuple[int, Frame]]) -> list[tuple[int, Frame]]:
     merged: list[tuple[int, Frame]] = []
     waiting: dict[tuple[int, int], list[Delta]] = {}
     for part, frame in frames:
-        if type(frame) is Delta:
+        # What only the end made certain stays a frame of its own: a client is told where it is.
+        if type(frame) is Delta and frame.tokens:
             waiting.setdefault((part, frame.choice), []).append(frame)
             continue
         merged += [(key[0], _join(deltas)) for key, deltas in waiting.items()]

@@ -19,6 +19,7 @@ __all__ = (
     "PING",
     "Answer",
     "Completed",
+    "Earlier",
     "PromptDetails",
     "TimingsObject",
     "UsageObject",
@@ -47,6 +48,20 @@ _LINE_ENDS = (
 )
 
 Completed = End | EmbedResult
+
+
+class Earlier(msgspec.Struct, frozen=True):
+    """What a stream has to know of the events that its client has, or will have on a connection
+    that it may lose.
+    """
+
+    number: int
+    """96 bits, for the id of all chunks."""
+    created: int
+    begun: frozenset[int]
+    """Choices whose role, or whose prompt's echo, was told."""
+    offsets: tuple[int, ...]
+    """By choice, the length of its text, as offsets of log probabilities count it."""
 
 
 class PromptDetails(msgspec.Struct, frozen=True):

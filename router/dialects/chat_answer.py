@@ -13,6 +13,7 @@ from router.dialects.answer import (
     DONE,
     LOWEST,
     Completed,
+    Earlier,
     add_timings,
     add_usage,
     encode,
@@ -46,11 +47,14 @@ __all__ = ("ChatAnswer", "ChatStream")
 class ChatStream:
     """Renders `chat.completion.chunk` events."""
 
-    def __init__(self, model: str, n: int, *, include_usage: bool) -> None:
+    def __init__(
+        self, model: str, n: int, *, include_usage: bool, earlier: Earlier | None = None
+    ) -> None:
+        """`earlier` is of a stream that its client may go on reading on another connection."""
         self._common: dict[str, Any] = {
-            "id": f"chatcmpl-{getrandbits(96):024x}",
+            "id": f"chatcmpl-{earlier.number if earlier else getrandbits(96):024x}",
             "object": "chat.completion.chunk",
-            "created": now(),
+            "created": earlier.created if earlier else now(),
             "model": model,
         }
         self._include_usage = include_usage
@@ -64,7 +68,9 @@ class ChatStream:
         )
         # The first chunk of a choice names the role; taken out once it was sent.
         self._roles = [
-            self._chunk(choice, ChatDelta(role="assistant", content="", refusal=None))
+            b""
+            if earlier and choice in earlier.begun
+            else self._chunk(choice, ChatDelta(role="assistant", content="", refusal=None))
             for choice in range(n)
         ]
         self._held = b""

@@ -13,6 +13,7 @@ from router.dialects.answer import (
     DONE,
     LOWEST,
     Completed,
+    Earlier,
     TimingsObject,
     UsageObject,
     add_timings,
@@ -85,12 +86,28 @@ class TextChunk(msgspec.Struct, frozen=True):
 class CompletionStream:
     """Renders `text_completion` events."""
 
-    def __init__(self, model: str, n: int, prompts: list[str], *, include_usage: bool) -> None:
-        """`prompts` are the texts to echo, empty where there is nothing to echo."""
+    def __init__(
+        self,
+        model: str,
+        n: int,
+        prompts: list[str],
+        *,
+        include_usage: bool,
+        earlier: Earlier | None = None,
+    ) -> None:
+        """Make it.
+
+        Args:
+            model: its name.
+            n: choices a prompt.
+            prompts: the texts to echo, empty where there is nothing to echo.
+            include_usage: whether the last event holds the usage.
+            earlier: of a stream that its client may go on reading on another connection.
+        """
         self._common: dict[str, Any] = {
-            "id": f"cmpl-{getrandbits(96):024x}",
+            "id": f"cmpl-{earlier.number if earlier else getrandbits(96):024x}",
             "object": "text_completion",
-            "created": now(),
+            "created": earlier.created if earlier else now(),
             "model": model,
         }
         self._n = n
@@ -103,8 +120,9 @@ class CompletionStream:
         self._after = b',"logprobs":null,"finish_reason":null}]%b}\n\n' % (
             b',"usage":null' if include_usage else b""
         )
-        self._echoes = [prompts[choice // n] for choice in choices]
-        self._offsets = [len(echo) for echo in self._echoes]
+        begun = earlier.begun if earlier else ()
+        self._echoes = ["" if choice in begun else prompts[choice // n] for choice in choices]
+        self._offsets = list(earlier.offsets) if earlier else [len(echo) for echo in self._echoes]
         self._held = b""
 
     def delta(self, part: int, frame: Delta) -> bytes:
