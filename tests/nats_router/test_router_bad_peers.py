@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -140,8 +141,10 @@ async def beside(*works):
     "count", [4_000, pytest.param(100_000, marks=[pytest.mark.chaos, pytest.mark.timeout(900)])]
 )
 async def test_whatever_a_worker_sends_nothing_breaks_but_its_own(
-    start_router, start_worker, http, chat, unique, eventually, count
+    start_router, start_worker, http, chat, unique, eventually, monkeypatch, count
 ):
+    # What is given up before a worker has named itself is remembered for so long.
+    monkeypatch.setattr("router.orphan.ORPHAN_LIFE", 2.0)
     seed = int(os.environ.get("MESH_CHAOS_SEED", random.randrange(10**6)))
     print(f"seed {seed}")
     other = f"{unique}-other"
@@ -170,7 +173,10 @@ async def test_whatever_a_worker_sends_nothing_breaks_but_its_own(
         async with beside(*lives):
             reply = (await bad.job()).reply
             began = time.monotonic()
-            for number in range(count):
+            # How many requests so many messages end depends on the machine's speed.
+            for number in itertools.count():
+                if number >= count and len(ends) > count // 1000:
+                    break
                 if number % 100 == 99:
                     data = beats.mutate(beat(other, number))
                     await bad.bus.publish(subjects.beat("worker-2"), data)
@@ -194,12 +200,11 @@ async def test_whatever_a_worker_sends_nothing_breaks_but_its_own(
             await router.dispatcher.bus.barrier()
             begun = len(told)
             await eventually(lambda: len(told) >= begun + 3)
-        print(f"{count} messages in {time.monotonic() - began:.1f} s, {unread} unreadable")
+        print(f"{number} messages in {time.monotonic() - began:.1f} s, {unread} unreadable")
         print(f"{len(told)} streams beside, {len(ends)} of its own: {sorted(set(ends))}")
 
     assert unread["frames"] > count // 5
     assert set(told) == {"".join(WORDS)}
-    assert len(ends) > count // 1000
     metrics = (await http.get(f"{router.url}/metrics")).text
     for kind, number in unread.items():
         assert counted(metrics, f'mesh_dropped_messages_total{{kind="{kind}"}}') == number, kind
