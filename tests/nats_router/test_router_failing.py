@@ -1,9 +1,11 @@
 """Workers that fail before the first token: tried elsewhere, within a budget, then left alone."""
 
+import time
+
 import pytest
 from scripted_worker import hello
 
-from router.breakers import FAULTS_IN_A_ROW
+from router.breakers import FAULTS_IN_A_ROW, LONGEST_REST
 
 pytestmark = pytest.mark.nats
 
@@ -85,8 +87,9 @@ async def test_an_error_of_the_only_worker_is_told_at_once(router, http, start_w
 
 
 async def test_a_worker_that_fails_and_fails_is_left_alone_and_tried_again(
-    router, http, chat, pair, eventually
+    router, http, chat, pair, monkeypatch
 ):
+    monkeypatch.setattr("router.breakers.FIRST_REST", LONGEST_REST)
     bad, good = pair
     await until_bad_is_asked(http, router, chat, bad, FAULTS_IN_A_ROW)
     asked = len(bad.jobs)
@@ -103,7 +106,9 @@ async def test_a_worker_that_fails_and_fails_is_left_alone_and_tried_again(
     assert len(bad.jobs) == asked
 
     bad.script = hello
-    await eventually(lambda: router.dispatcher.breakers.states() == {"worker-1": "half_open"})
+    later = time.monotonic() + LONGEST_REST
+    monkeypatch.setattr(router.dispatcher.breakers, "_clock", lambda: later)
+    assert router.dispatcher.breakers.states() == {"worker-1": "half_open"}
     number = 0
     while len(bad.jobs) == asked:
         number += 1
