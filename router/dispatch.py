@@ -225,12 +225,14 @@ class Dispatcher:
         if message.subject != subjects.beat(beat.worker):
             self.rejects.add("misnamed_beat", subject=message.subject, worker=beat.worker)
             return
-        started = self.fleet.started(beat.worker)
+        life = self.fleet.life(beat.worker)
         if not self.fleet.observe(beat, time.monotonic()):
             self._lose(beat.worker, "has left")
             return
-        if started is not None and started != beat.started:
+        if life is not None and life[0] != beat.started:
             self._lose(beat.worker, "was started anew")
+        elif life is not None and life[1] < beat.losses:
+            self._lose(beat.worker, "lost its connection")
         self.pings.met(beat.worker)
         if self.waiting:
             self.waiting.look(model.name for model in beat.models)

@@ -122,10 +122,13 @@ class Fleet:
         """Whether this worker's beats arrive."""
         return worker in self._workers
 
-    def started(self, worker: str) -> float | None:
-        """When its process began, as it says (Unix time); None: it is not there."""
+    def life(self, worker: str) -> tuple[float, int] | None:
+        """When its process began, as it says (Unix time), and how often it has lost NATS since.
+
+        None: it is not there.
+        """
         seen = self._workers.get(worker)
-        return None if seen is None else seen.beat.started
+        return None if seen is None else (seen.beat.started, seen.beat.losses)
 
     def empty(self) -> bool:
         """Whether no worker is there at all."""

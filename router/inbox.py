@@ -11,15 +11,12 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 import msgspec
-import structlog
 
 from shared.bus import Bus, BusMessage
 from shared.protocol import Frame, decode_frames
 from shared.rejects import Rejects
 
 __all__ = ("Inbox", "Receiver")
-
-log = structlog.get_logger(__name__)
 
 REUSE_AFTER = 1024
 """Reply slots rest this long in the queue, so that a late status cannot hit their next user."""
@@ -130,7 +127,7 @@ class Inbox:
                 receiver.receive(frame)
             except Exception:
                 # The other streams' frames of this message must not suffer.
-                log.exception("frame.failed")
+                self._rejects.add("failed_frame", subject=message.subject, exc_info=True)
                 receiver.broken()
 
     def _on_status(self, message: BusMessage) -> None:

@@ -13,6 +13,7 @@ __all__ = (
     "Bias",
     "Choices",
     "Count",
+    "Listed",
     "Name",
     "Number",
     "Positive",
@@ -30,6 +31,8 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 """A float, as metrics are, still holds it exactly."""
 Choices = Annotated[int, Meta(ge=1, le=64)]
 """Each takes memory on the worker before anything is computed."""
+Listed = Annotated[int, Meta(ge=0, le=100)]
+"""Alternatives told with each token: fewer than any vocabulary has."""
 Amount = Annotated[float, Meta(ge=-1e12, le=1e12)]
 """Finite; a difference of two clocks may be negative."""
 Number = Annotated[float, Meta(ge=-1e6, le=1e6)]

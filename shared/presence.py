@@ -118,6 +118,9 @@ class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
     """The last few, the oldest first."""
     dropped: Count = 0
     """Messages that it could not use, since it began."""
+    losses: Count = 0
+    """How often it has lost its connection to NATS: nothing that it was asked before can be
+    answered any more."""
 
 
 class RouterBeat(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -207,7 +207,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
     """Per choice; None: whatever the context leaves."""
     n: bounds.Choices = 1
     stop: tuple[bounds.Stop, ...] = ()
-    logprobs: bounds.Count | None = None
+    logprobs: bounds.Listed | None = None
     """None: off; k: the chosen token's and the k most likely ones'."""
     constraint: Constraint | None = None
     user: str = ""

@@ -93,6 +93,7 @@ class Agent:
         self._released = asyncio.Event()
         self._stopping = threading.Event()
         self._failure = ""
+        self._replies: Replies | None = None
         self._rejects = Rejects()
 
     @property
@@ -132,7 +133,7 @@ class Agent:
         # NVML may take a second on a host with many GPUs.
         memory = self._settings.memory or await asyncio.to_thread(_free_memory)
         bodies = Bodies(most_bytes=BODIES_BYTES, largest=bus.max_payload)
-        replies = Replies(bus, self._cancel)
+        replies = self._replies = Replies(bus, self._cancel)
         around = Surroundings(
             bus=bus,
             replies=replies,
@@ -291,12 +292,18 @@ class Agent:
                     )
 
     def _on_state(self, connected: bool) -> None:
-        if connected:
-            if self._roles is not None:
-                self._roles.reconnected()
-            for serving in self._servings:
-                serving.reconnected()
-            self._on_change()
+        if not connected:
+            if self._replies is not None:
+                self._replies.forget()
+            if self._beats is not None:
+                self._beats.losses += 1
+            self._cancel(tuple(ticket.attempt for ticket in self._tickets()))
+            return
+        if self._roles is not None:
+            self._roles.reconnected()
+        for serving in self._servings:
+            serving.reconnected()
+        self._on_change()
 
     def _on_cancel(self, message: BusMessage) -> None:
         try:

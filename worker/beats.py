@@ -51,6 +51,8 @@ class Beats:
         self.changes: deque[RoleChange] = deque(maxlen=CHANGES)
         """The last role changes, the oldest first."""
         self.draining = False
+        self.losses = 0
+        """How often the connection to NATS was lost."""
         self._bus = bus
         self._kv = Kv(bus)
         self._roster = roster
@@ -93,6 +95,7 @@ class Beats:
             memory_budget=self._memory,
             changes=tuple(self.changes),
             dropped=self._rejects.total,
+            losses=self.losses,
         )
 
     async def run(self) -> None:

@@ -10,6 +10,7 @@ One that has only lost its connection has lost frames with it, and asks again wh
 import asyncio
 from collections.abc import Callable, Iterable
 
+import msgspec
 import structlog
 
 from shared.bus import Bus, BusMessage, BusUnavailable
@@ -25,6 +26,14 @@ MISSES = 2
 
 _NOTHING = encode(())
 _log = structlog.get_logger()
+
+
+class _Miss(msgspec.Struct):
+    """Knocks in a row that a router has not heard."""
+
+    attempts: set[int]
+    """Those that were in at the first one."""
+    count: int = 0
 
 
 class Hearers:
@@ -48,7 +57,7 @@ class Hearers:
         self._on_gone = on_gone
         self._inbox = f"{bus.inbox}.k"
         self._unheard: set[str] = set()
-        self._misses: dict[str, int] = {}
+        self._misses: dict[str, _Miss] = {}
         self._knocked: tuple[str, ...] = ()
 
     async def open(self) -> None:
@@ -65,19 +74,28 @@ class Hearers:
         waiting: dict[str, list[Ticket]] = {}
         for ticket in self._tickets():
             waiting.setdefault(ticket.reply.rpartition(".")[0], []).append(ticket)
-        unheard, self._unheard = self._unheard, set()
-        self._misses = {
-            router: self._misses.get(router, 0) + 1 for router in unheard if router in waiting
-        }
-        for router, misses in list(self._misses.items()):
-            if misses >= MISSES:
-                attempts = tuple(ticket.attempt for ticket in waiting.pop(router))
-                del self._misses[router]
-                _log.warning("router.gone", inbox=router, attempts=len(attempts))
-                self._on_gone(attempts)
+        for router in self._misses.keys() | self._unheard:
+            if router not in self._unheard or router not in waiting:
+                self._misses.pop(router, None)
+            elif not self._missed(router, waiting[router]):
+                del waiting[router]
+        self._unheard.clear()
         self._knocked = tuple(waiting)
         for number, tickets in enumerate(waiting.values()):
             await self._knock(number, tickets[-1].reply)
+
+    def _missed(self, router: str, tickets: list[Ticket]) -> bool:
+        """It was not there; whether anything of it is left."""
+        miss = self._misses.setdefault(router, _Miss({ticket.attempt for ticket in tickets}))
+        miss.count += 1
+        if miss.count < MISSES:
+            return True
+        del self._misses[router]
+        # What has come since is from one that is back.
+        gone = tuple(ticket.attempt for ticket in tickets if ticket.attempt in miss.attempts)
+        _log.warning("router.gone", inbox=router, attempts=len(gone))
+        self._on_gone(gone)
+        return len(gone) < len(tickets)
 
     async def _knock(self, number: int, reply: str) -> None:
         try:

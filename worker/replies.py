@@ -3,10 +3,14 @@
 Everything goes through one queue and one task, so that the callbacks which speak need not wait and
 no token overtakes its `Accepted`. What cannot be delivered is dropped, and its attempts are named:
 the router has failed them or will, and nobody must go on computing them.
+
+NATS lets us publish only where a request on this very connection wants its answer. A message may
+hold frames of several attempts of a router, some of them asked over a connection that was lost; so
+it goes where the router's last request wants its answer: routers look at the attempts alone.
 """
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 
 import msgspec
@@ -18,6 +22,9 @@ from shared.protocol import Fail, Frame, Handback, decode_frames, encode
 
 __all__ = ("Replies",)
 
+MOST_ROUTERS = 1024
+"""Whose last request is remembered; the one that asked longest ago is forgotten first."""
+
 _log = structlog.get_logger()
 
 
@@ -28,10 +35,23 @@ class Replies:
         self._bus = bus
         self._on_undelivered = on_undelivered
         self._queue: deque[tuple[str, bytes]] = deque()
+        self._ways: OrderedDict[str, str] = OrderedDict()
         self._filled = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
         self._dropped = 0
+
+    def opened(self, reply: str) -> None:
+        """A request has come that wants its answer there."""
+        router = _router(reply)
+        self._ways[router] = reply
+        self._ways.move_to_end(router)
+        if len(self._ways) > MOST_ROUTERS:
+            self._ways.popitem(last=False)
+
+    def forget(self) -> None:
+        """The connection is lost, and the right to answer with it."""
+        self._ways.clear()
 
     def post(self, reply: str, frames: bytes) -> None:
         """Send frames that are encoded already."""
@@ -69,7 +89,10 @@ class Replies:
 
     async def _deliver(self, reply: str, frames: bytes) -> None:
         try:
-            await self._bus.publish(reply, frames)
+            way = self._ways.get(_router(reply))
+            if way is None:
+                raise BusUnavailable("what was asked before the connection was lost")
+            await self._bus.publish(way, frames)
         except BusUnavailable as error:
             if not self._dropped:
                 _log.warning("replies.dropped", reason=str(error))
@@ -108,3 +131,7 @@ class Replies:
         self._on_undelivered(
             tuple({frame.attempt for frame in frames if not isinstance(frame, Handback)})
         )
+
+
+def _router(reply: str) -> str:
+    return reply.rpartition(".")[0] or reply

@@ -162,6 +162,7 @@ class Serving:
         if message.status or not message.reply:
             self._around.rejects.add("unanswerable", subject=message.subject)
             return
+        self._around.replies.opened(message.reply)
         now = time.time()
         worker = self._around.bus.identity
         request = read_request(

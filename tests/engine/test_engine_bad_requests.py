@@ -55,7 +55,7 @@ def honest() -> list[Generate | Embed]:
     ]
 
 
-COUNT = 2000
+COUNT = 500
 
 
 async def test_whatever_can_be_decoded_is_answered_or_refused(engine):

@@ -186,7 +186,12 @@ class ScriptedWorker:
         return group
 
     async def beat(
-        self, state: Any = "ready", model_state: Any = None, *, started: float = 1.0
+        self,
+        state: Any = "ready",
+        model_state: Any = None,
+        *,
+        started: float = 1.0,
+        losses: int = 0,
     ) -> None:
         self._sequence += 1
         model = self.state
@@ -195,7 +200,15 @@ class ScriptedWorker:
         await self.bus.publish(
             subjects.beat(self.name),
             encode_beat(
-                Beat(self.name, state, self._sequence, (model,), started=started, able=self.able)
+                Beat(
+                    self.name,
+                    state,
+                    self._sequence,
+                    (model,),
+                    started=started,
+                    able=self.able,
+                    losses=losses,
+                )
             ),
         )
 

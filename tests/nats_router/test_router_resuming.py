@@ -39,6 +39,11 @@ async def anew(job):
     await job.worker.beat(started=2.0)
 
 
+async def reconnected(job):
+    job.worker.beating = False
+    await job.worker.beat(losses=1)
+
+
 LOSSES = {
     "lost": gone,
     "stalled": stalled,
@@ -98,8 +103,8 @@ async def test_a_stream_goes_on_elsewhere(start_router, http, start_worker, chat
     assert f'mesh_resumes_total{{model="{first.request.model}",reason="{reason}"}} 1.0' in metrics
 
 
-@pytest.mark.parametrize("loss", [silent, anew])
-async def test_a_worker_that_falls_silent_or_is_started_anew_is_left(
+@pytest.mark.parametrize("loss", [silent, anew, reconnected])
+async def test_a_worker_that_falls_silent_or_begins_anew_is_left(
     router, http, start_worker, chat, loss
 ):
     workers = await two(start_worker, until(loss, "Hel"))

@@ -3,7 +3,6 @@
 import asyncio
 
 import pytest
-from conftest import Router
 
 from shared.broker import NatsServer
 from shared.bus import Bus
@@ -19,7 +18,7 @@ async def test_the_slots_of_a_router_that_is_gone_are_free_again(
     async with Bus.connect(
         nats_server.url_for("router-2"), identity="router-2", kind="router"
     ) as bus:
-        other = Router(bus)
+        other = type(router)(bus)
         await other.open()
         running = [await other.ask("hold") for _ in range(2)]
         for asked in running:
@@ -42,7 +41,7 @@ async def test_a_request_that_waits_for_a_router_that_is_gone_is_given_up_too(
     async with Bus.connect(
         nats_server.url_for("router-2"), identity="router-2", kind="router"
     ) as bus:
-        other = Router(bus)
+        other = type(router)(bus)
         await other.open()
         assert (await (await other.ask("hold", worker="worker-1")).accepted()).position == 1
         await router.model("worker-1", lambda model: model.queued == 1)

@@ -131,6 +131,28 @@ async def test_an_outage_of_nats_is_survived(
         await running.task
 
 
+async def test_what_was_asked_before_a_connection_was_lost_takes_no_later_answer_with_it(
+    start, router, connect, tmp_path: Path, make_identities: Callable[..., list[Identity]]
+):
+    """A worker may publish only where requests of its present connection want their answers."""
+    server = NatsServer(identities=make_identities(), data_dir=tmp_path / "own")
+    async with server:
+        other = type(router)(await connect("router-1", server=server))
+        await other.open()
+        await start(url=server.url_for("worker-1"), ready=False, slots=4)
+        await other.model("worker-1", lambda model: model.free == 4)
+        old = [await other.ask("tokens=400 every=0.05") for _ in range(2)]
+        for asked in old:
+            await asked.accepted()
+    async with server:
+        await other.beat("worker-1", lambda beat: beat.losses == 1)
+        new = await other.ask("tokens=20 every=0.02")
+        await new.last()
+        assert new.text == "".join(f"t{number} " for number in range(20))
+        await other.model("worker-1", lambda model: model.free == 4)
+        assert not any(asked.ended for asked in old)
+
+
 async def test_draining_works_without_nats(
     start, tmp_path: Path, make_identities: Callable[..., list[Identity]]
 ):

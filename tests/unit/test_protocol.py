@@ -214,6 +214,7 @@ def test_what_no_honest_worker_says_is_refused(frame: list[Any]) -> None:
         {"n": 0},
         {"n": 10**9},
         {"body_size": -1},
+        {"logprobs": 2**31},
         {"stop": [""]},
         {"sampling": {"seed": 1, "temperature": NAN}},
         {"sampling": {"seed": 1, "top_p": 2.0}},
