@@ -35,9 +35,9 @@ def create_app(dispatcher: Dispatcher, settings: Settings) -> Front:
         lambda: dispatcher.bus.connected,
         held=dispatcher.waiting.counts,
         wishes=lambda: _wish(dispatcher),
-        dropped=dispatcher.dropped,
         retries=dispatcher.retries,
         breakers=dispatcher.breakers,
+        dropped=dispatcher.dropped,
     )
     app = Litestar(
         route_handlers=[

@@ -90,6 +90,10 @@ class Asking(ABC):
         """The connection to NATS was away."""
 
     @abstractmethod
+    def cut_off(self) -> None:
+        """NATS is away for longer than answers wait for it."""
+
+    @abstractmethod
     def _fail(self, error: MeshError) -> None: ...
 
     @abstractmethod
@@ -215,9 +219,14 @@ class Asking(ABC):
         if self.over:
             return
         try:
-            await self._ask_next()
+            if self._desk.bus.connected:
+                await self._ask_next()
         except MeshError as error:
-            self._stay_lost(error)
+            if self._desk.bus.connected:
+                self._stay_lost(error)
+        if not (self.over or self._desk.bus.connected):
+            # So that it hears when NATS is back, and is asked again then.
+            self._desk.inbox.register(self._request.attempt, self)
 
     def _renew(self) -> None:
         """Take a new attempt number: the old one is known to a worker that is out of it."""

@@ -158,7 +158,7 @@ class Call(Asking):
         settings = self._desk.settings
         if wall > self._request.deadline:
             self._give_up(DeadlineExceeded("The request's time is up."))
-        elif self._held:
+        elif self._held or not self._desk.bus.connected:
             return
         elif not self._heard:
             if self._asked_at and now - self._asked_at > settings.accept_timeout:
@@ -254,14 +254,15 @@ class Call(Asking):
             self._search.begin_anew()
             self._ask_another()
 
+    def cut_off(self) -> None:
+        """NATS is away for longer than answers wait for it."""
+        self._fail(Unavailable("The mesh is not reachable now: NATS is away.", retry_after=2))
+
     def lost(self, worker: str, why: str) -> None:
         """A worker is gone."""
         if self._assembly.worker == worker:
-            if self._desk.bus.connected:
-                error = WorkerFailed(f"The worker {why} before the answer was complete.")
-                self._lose("lost", error, worker)
-            else:
-                self._fail(Unavailable("The mesh is not reachable now: NATS is away."))
+            error = WorkerFailed(f"The worker {why} before the answer was complete.")
+            self._lose("lost", error, worker)
         elif self._target == worker and not self._heard:
             self._search.refuse(worker)
             self._ask_another()

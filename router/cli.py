@@ -52,6 +52,7 @@ def serve(
     grace: Annotated[float, Parameter(validator=Number(gte=0))] = 30.0,
     ping_interval: _Seconds = 10.0,
     stall_timeout: _Seconds = 10.0,
+    nats_patience: Annotated[float, Parameter(validator=Number(gte=0))] = 15.0,
     resumes: Annotated[int, Parameter(validator=Number(gte=0))] = 3,
     idempotency_seconds: _Seconds = 600.0,
     idempotency_memory: str = "64MiB",
@@ -87,6 +88,9 @@ def serve(
     stall_timeout
         Seconds between two tokens of a stream after which it goes on on another worker, if there
         is one; after six times as many it is given up.
+    nats_patience
+        Seconds that answers which have been begun wait for NATS to come back; new requests get 503
+        meanwhile.
     resumes
         How often an answer may go on on another worker when its own is lost; 0 switches it off.
     idempotency_seconds
@@ -124,6 +128,7 @@ def serve(
             grace=grace,
             ping_interval=ping_interval,
             stall_timeout=stall_timeout,
+            nats_patience=nats_patience,
             resumes=resumes,
             idempotency_seconds=idempotency_seconds,
             idempotency_memory=0

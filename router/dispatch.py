@@ -97,6 +97,8 @@ class Dispatcher:
         self._cancelled = asyncio.Event()
         self._started = time.time()
         self._listening_since = time.monotonic()
+        self._away_since: float | None = None
+        """When NATS went away; None: it is there."""
         self._beats = 0
 
     @asynccontextmanager
@@ -166,8 +168,13 @@ class Dispatcher:
 
     def on_connection(self, connected: bool) -> None:
         """The connection to NATS has come or gone."""
-        if connected:
-            now = self._listening_since = time.monotonic()
+        now = time.monotonic()
+        if not connected:
+            self._away_since = now
+        else:
+            self._away_since = None
+            self._listening_since = now
+            self.fleet.reconnected(now)
             self.board.reconnected()
             self.announcer.reconnected()
             for receiver in self.inbox.receivers():
@@ -243,7 +250,7 @@ class Dispatcher:
 
     def _unheard(self, worker: str) -> None:
         # After an interruption of our own, workers may need a moment to come back, too.
-        if time.monotonic() - self._listening_since > EXPIRY:
+        if self.bus.connected and time.monotonic() - self._listening_since > EXPIRY:
             for receiver in self.inbox.receivers():
                 receiver.unheard(worker)
 
@@ -253,15 +260,18 @@ class Dispatcher:
             await asyncio.sleep(SWEEP_INTERVAL)
             now = time.monotonic()
             before, last = last, now
-            if now - before < OWN_STALL:
+            away = 0.0 if self._away_since is None else now - self._away_since
+            if now - before < OWN_STALL and not away:
                 for worker in self.fleet.expire(now):
                     log.warning("worker.lost", worker=worker)
                     self._lose(worker, "stopped answering")
-            # else it was us who slept, and the beats of that time are still to be read
+            # else it was us who slept or were cut off, and the beats of that time are to come
             self.waiting.sweep(now, lambda model: self.nobody(model, []))
             wall = time.time()
             for receiver in self.inbox.receivers():
                 receiver.tick(now, wall)
+                if away > self.settings.nats_patience:
+                    receiver.cut_off()
             for watched in list(self.watched):
                 watched.tick(now)
 

@@ -110,6 +110,11 @@ class Fleet:
             self._drop(name)
         return lost
 
+    def reconnected(self, now: float) -> None:
+        """Beats could not come for a while: their time begins anew."""
+        for seen in self._workers.values():
+            seen.at = now
+
     def beats(self) -> Iterator[Beat]:
         """What each worker said last."""
         return (seen.beat for seen in self._workers.values())

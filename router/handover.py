@@ -47,6 +47,10 @@ class Mover(Protocol):
         """The connection to NATS was away."""
         ...
 
+    def cut_off(self) -> None:
+        """NATS is away for too long."""
+        ...
+
 
 class Handover:
     """One try; it receives the frames of both attempts until it is over."""
@@ -159,6 +163,11 @@ class Handover:
         """The connection was away."""
         self._stay()
         self._mover.interrupted(now)
+
+    def cut_off(self) -> None:
+        """NATS is away for too long."""
+        self._stay()
+        self._mover.cut_off()
 
     def stop(self) -> None:
         """Nobody wants the answer any more; its owner sees to the first attempt."""

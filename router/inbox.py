@@ -53,6 +53,10 @@ class Receiver(Protocol):
         """The connection to NATS was away; frames may be missing."""
         ...
 
+    def cut_off(self) -> None:
+        """NATS is away for longer than answers wait for it."""
+        ...
+
 
 class Inbox:
     """Attempts in flight and the reply slots they were sent with."""

@@ -57,3 +57,6 @@ class Orphan:
 
     def interrupted(self, now: float) -> None:
         """Nothing to lose."""
+
+    def cut_off(self) -> None:
+        """Nothing to lose."""

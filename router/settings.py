@@ -27,6 +27,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How long a worker may take to say that it has a request."""
     stall_timeout: float = 10.0
     """How long a worker may fall silent between two tokens while another could go on."""
+    nats_patience: float = 15.0
+    """How long answers that have been begun wait for NATS to come back."""
     resumes: int = 3
     """How often an answer whose attempt is lost may go on on another one; 0: never."""
     retry_share: float = 0.2

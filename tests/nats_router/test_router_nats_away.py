@@ -64,7 +64,7 @@ async def test_requests_fail_at_once_and_work_again_after(
 async def test_open_answers_end_when_nats_stays_away(
     server, start_router, start_worker, http, chat
 ):
-    router = await start_router(server=server)
+    router = await start_router(server=server, nats_patience=1.0)
 
     async def script(job):
         await job.accept()
@@ -82,8 +82,13 @@ async def test_open_answers_end_when_nats_stays_away(
     assert '"error"' in (await begun).text
 
 
-async def test_what_had_not_begun_is_asked_again_after_a_short_absence(
-    server, own_broker, start_router, start_worker, http, chat, eventually
+# 3 s are more than the time after which a worker whose beats are not heard counts as lost.
+AWAY = pytest.mark.parametrize("away", [0.0, 3.0])
+
+
+@AWAY
+async def test_what_had_not_begun_is_asked_again_after_an_absence(
+    server, own_broker, start_router, start_worker, http, chat, away
 ):
     router = await start_router(server=server)
     restarted = asyncio.Event()
@@ -99,19 +104,18 @@ async def test_what_had_not_begun_is_asked_again_after_a_short_absence(
 
     await server.__aexit__(None, None, None)
     restarted.set()
+    await asyncio.sleep(away)
     await own_broker(port=server.port)
     answer = await asked
 
-    # Within two seconds it is asked again; a slow restart ends it with an honest 503 instead.
-    if answer.status_code == 200:
-        assert answer.json()["choices"][0]["message"]["content"] == "after all"
-    else:
-        assert answer.status_code == 503
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"] == "after all"
 
 
+@AWAY
 @pytest.mark.parametrize("resumes", [0, 3])
 async def test_a_stream_that_lost_its_end_in_a_restart_goes_on_or_ends(
-    server, own_broker, start_router, start_worker, http, chat, monkeypatch, resumes
+    server, own_broker, start_router, start_worker, http, chat, monkeypatch, resumes, away
 ):
     monkeypatch.setattr("router.call.SUSPICION", 0.5)
     router = await start_router(server=server, resumes=resumes)
@@ -130,11 +134,12 @@ async def test_a_stream_that_lost_its_end_in_a_restart_goes_on_or_ends(
             if "Hel" in line:
                 break
         await server.__aexit__(None, None, None)
+        await asyncio.sleep(away)
         await own_broker(port=server.port)
         rest = "".join([line async for line in lines])
 
-    # A restart that takes longer than two seconds ends it in any case.
-    if resumes and '"error"' not in rest:
+    if resumes:
+        assert '"error"' not in rest
         assert '"lo"' in rest
         assert "[DONE]" in rest
     else:
