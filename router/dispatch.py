@@ -99,6 +99,9 @@ class Dispatcher:
         self._listening_since = time.monotonic()
         self._away_since: float | None = None
         """When NATS went away; None: it is there."""
+        self._met: set[str] = set()
+        """Workers that were heard since. If one has lost NATS together with us, what it was asked
+        is suspect anyway, and what it is asked now must not be taken for lost with it."""
         self._beats = 0
 
     @asynccontextmanager
@@ -174,6 +177,7 @@ class Dispatcher:
         else:
             self._away_since = None
             self._listening_since = now
+            self._met.clear()
             self.fleet.reconnected(now)
             self.board.reconnected()
             self.announcer.reconnected()
@@ -218,7 +222,9 @@ class Dispatcher:
         if pool is not None and (not pool.candidates or (busy and not again)):
             return False
         patient = self.settings.wait_for_workers > 0 and self.fleet.knows(model)
-        if not (patient or self.fleet.hopeful(model) or (again and pool is not None)):
+        # Its workers may come back a moment after us when NATS was away.
+        expected = pool is not None and (again or not self.informed)
+        if not (patient or self.fleet.hopeful(model) or expected):
             return False
         self.waiting.enter(model, call, again=again)
         return True
@@ -238,8 +244,9 @@ class Dispatcher:
             return
         if life is not None and life[0] != beat.started:
             self._lose(beat.worker, "was started anew")
-        elif life is not None and life[1] < beat.losses:
+        elif life is not None and life[1] < beat.losses and beat.worker in self._met:
             self._lose(beat.worker, "lost its connection")
+        self._met.add(beat.worker)
         self.pings.met(beat.worker)
         if self.waiting:
             self.waiting.look(model.name for model in beat.models)
@@ -264,6 +271,7 @@ class Dispatcher:
             if now - before < OWN_STALL and not away:
                 for worker in self.fleet.expire(now):
                     log.warning("worker.lost", worker=worker)
+                    self._met.discard(worker)
                     self._lose(worker, "stopped answering")
             # else it was us who slept or were cut off, and the beats of that time are to come
             self.waiting.sweep(now, lambda model: self.nobody(model, []))
