@@ -17,6 +17,7 @@ import msgspec
 
 from shared import bounds
 from shared.decoding import decoded
+from shared.prompt import ChatInput, Message, TextInput, TokenInput, Tool, ToolCall, ToolChoice
 
 __all__ = (
     "VERSION",
@@ -64,62 +65,6 @@ VERSION = "1"
 
 Priority = Literal["interactive", "batch"]
 """`batch` may wait for those that are `interactive`."""
-
-
-class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A call an assistant message made; `arguments` is JSON text, as in OpenAI's API."""
-
-    id: str
-    name: str
-    arguments: str
-
-
-class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str = ""
-    name: str | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
-    tool_call_id: str | None = None
-
-
-class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A function the model may call; `parameters` is a JSON schema as JSON text."""
-
-    name: str
-    description: str = ""
-    parameters: str = "{}"
-    strict: bool = False
-
-
-class ToolChoice(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`named` forces the function `name`; `required` forces any."""
-
-    mode: Literal["auto", "none", "required", "named"] = "auto"
-    name: str = ""
-    parallel: bool = True
-
-
-class ChatInput(msgspec.Struct, frozen=True, tag="chat", omit_defaults=True):
-    """A conversation, to be rendered by the model's own chat template on the worker."""
-
-    messages: tuple[Message, ...]
-    tools: tuple[Tool, ...] = ()
-    tool_choice: ToolChoice = ToolChoice()
-    template_kwargs: dict[str, Any] = {}
-
-
-class TextInput(msgspec.Struct, frozen=True, tag="text"):
-    """A bare prompt."""
-
-    text: str
-
-
-class TokenInput(msgspec.Struct, frozen=True, tag="tokens"):
-    """A prompt that is tokenized already."""
-
-    tokens: tuple[bounds.Token, ...]
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
