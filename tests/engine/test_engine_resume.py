@@ -262,7 +262,7 @@ async def test_where_all_was_told_nothing_is_computed(engine):
 
 @pytest.mark.parametrize(
     "resume",
-    [(Resumed((1,)), Resumed()), (Resumed((10**6,)),), (Resumed((-1,)),)],
+    [(Resumed((1,)), Resumed()), (Resumed((10**6,)),)],
 )
 async def test_what_cannot_be_resumed_is_refused_by_name(engine, resume):
     (frame,) = await frames_of(engine, request(resume=resume))
