@@ -194,9 +194,8 @@ async def measure(
             while True:
                 sample = {name: cost.rss for name, cost in costs_of(stack.pids).items()}
                 figures.memory.append(sample)
-                _tell(
-                    f"overload: {min(seconds, 5 * (len(figures.memory) - 1)):.0f} of {seconds:.0f} s"
-                )
+                past = min(seconds, 5 * (len(figures.memory) - 1))
+                _tell(f"overload: {past:.0f} of {seconds:.0f} s")
                 await asyncio.sleep(5)
 
         async with asyncio.TaskGroup() as group:
