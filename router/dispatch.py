@@ -99,6 +99,8 @@ class Dispatcher:
         self._listening_since = time.monotonic()
         self._away_since: float | None = None
         """When NATS went away; None: it is there."""
+        self._back_since = float("-inf")
+        """When it came back last."""
         self._met: set[str] = set()
         """Workers that were heard since. If one has lost NATS together with us, what it was asked
         is suspect anyway, and what it is asked now must not be taken for lost with it."""
@@ -176,7 +178,7 @@ class Dispatcher:
             self._away_since = now
         else:
             self._away_since = None
-            self._listening_since = now
+            self._listening_since = self._back_since = now
             self._met.clear()
             self.fleet.reconnected(now)
             self.board.reconnected()
@@ -223,7 +225,8 @@ class Dispatcher:
             return False
         patient = self.settings.wait_for_workers > 0 and self.fleet.knows(model)
         # Its workers may come back a moment after us when NATS was away.
-        expected = pool is not None and (again or not self.informed)
+        just_back = time.monotonic() - self._back_since < EXPIRY
+        expected = pool is not None and (again or just_back)
         if not (patient or self.fleet.hopeful(model) or expected):
             return False
         self.waiting.enter(model, call, again=again)
