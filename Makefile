@@ -34,7 +34,7 @@ run: env ## Bring up NATS, a router and a worker with a small model (ARGS="--por
 test: env ## Run the tests (ARGS="-k name" and so on)
 	@for program in $(MISSING); do \
 		echo "make test: $$program is not installed; the tests that need it are left out"; done
-	$(BIN)/pytest -m "not slow and not chaos and not soak$(foreach program,$(MISSING), and not $(program))" --durations=25 $(ARGS)
+	@bash infra/run_tests.sh $(BIN)/pytest "not slow and not chaos and not soak$(foreach program,$(MISSING), and not $(program))" --durations=25 $(ARGS)
 
 slow: env ## Run the tests that take minutes each
 	$(BIN)/pytest -m slow $(ARGS)

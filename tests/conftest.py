@@ -17,6 +17,13 @@ from tests.serving import serving
 Kind = Literal["router", "worker", "mesh"]
 _KINDS: tuple[Kind, ...] = ("router", "worker", "mesh")
 _numbers = itertools.count(1)
+_SYSTEMS = {"e2e", "chaos"}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the tests of whole systems, by their folder."""
+    if item.path.parent.name in _SYSTEMS:
+        item.add_marker(pytest.mark.system)
 
 
 @pytest.fixture(autouse=True)
