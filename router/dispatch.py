@@ -190,7 +190,8 @@ class Dispatcher:
         """Why no worker takes a request for this model."""
         if busy:
             return QueueFull(
-                f"All workers of the model '{model}' are busy and their queues are full.",
+                f"All workers of the model '{model}' are busy, and their queues are full or longer "
+                "than the request's time.",
                 retry_after=min(60, max(1, math.ceil(min(busy)))),
             )
         pool = self.fleet.pool(model)

@@ -226,11 +226,12 @@ class Search:
     def refused(self, busy: Busy) -> None:
         """A worker has said that it does not take it."""
         self._refused.add(busy.worker)
-        if busy.reason == "full":
+        if busy.reason in ("full", "late"):
             self.busy.append(busy.retry_after)
-            if (pool := self._fleet.pool(self._model)) is not None:
-                self.release()
-                pool.full(busy.worker)
+        # One that is late for this request may have time enough for others.
+        if busy.reason == "full" and (pool := self._fleet.pool(self._model)) is not None:
+            self.release()
+            pool.full(busy.worker)
 
     def leave(self, worker: str, grown: int) -> None:
         """The request was lost: it is asked anew, here only if nobody else is there.

@@ -212,13 +212,13 @@ class Accepted(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="a"):
 
 
 class Busy(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="b"):
-    """Slots and queue are full; nothing was kept. `retry_after` is a guess in seconds."""
+    """The worker does not take it; nothing was kept. `retry_after` is a guess in seconds."""
 
     attempt: int
     worker: bounds.Name
     retry_after: bounds.Wait = 1.0
     reason: str = "full"
-    """`full`, `draining` or `unknown_model`."""
+    """`full`, `late` (the queue is longer than the request's time), `draining`, `unknown_model`."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -13,10 +13,12 @@ is somebody to keep them for: another owner, or an interactive request, within `
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
+from math import inf
 
 import msgspec
 
 from shared.protocol import Priority
+from worker.forecast import Forecast
 
 __all__ = ("Admission", "Admitted", "Dropped", "Refused", "Ticket", "Verdict")
 
@@ -39,6 +41,10 @@ class Ticket(msgspec.Struct, frozen=True):
     weight: int = 1
     owner: str = ""
     priority: Priority = "interactive"
+    tokens: int = 0
+    """The most that it wants; 0: it does not say."""
+    deadline: float = inf
+    """When its answer has to be there, in monotonic seconds."""
     started: float = 0.0
     """When it got its slots."""
 
@@ -50,7 +56,10 @@ class Admitted(msgspec.Struct, frozen=True):
 
 
 class Refused(msgspec.Struct, frozen=True):
-    """Nothing was kept; the sender may try elsewhere."""
+    """Nothing was kept; the sender may try elsewhere.
+
+    `reason` is `draining`, `full`, or `late`: there is a place, but no time.
+    """
 
     reason: str
     retry_after: float
@@ -78,7 +87,7 @@ class Admission:
         self._waiting: dict[int, Ticket] = {}
         self._used = 0
         self._spent: OrderedDict[int, float] = OrderedDict()
-        self._seconds = 1.0
+        self._forecast = Forecast()
         self._waiting_of: Counter[str] = Counter()
         self._waiting_batch = 0
         self._last_owner: str | None = None
@@ -128,6 +137,8 @@ class Admission:
             return Admitted(0)
         if not self._has_place(ticket, now):
             return Refused("full", self._retry_after(now))
+        if self._is_late(ticket, now):
+            return Refused("late", self._retry_after(now))
         self._waiting[ticket.attempt] = ticket
         self._waiting_of[ticket.owner] += 1
         self._waiting_batch += ticket.priority == "batch"
@@ -151,7 +162,7 @@ class Admission:
         ticket = self._running.pop(attempt, None)
         if ticket is not None:
             self._used -= ticket.weight
-            self._seconds += 0.1 * (max(0.0, now - ticket.started) - self._seconds)
+            self._forecast.ended(now - ticket.started, ticket.tokens)
         else:
             ticket = self._leave_queue(attempt)
         if ticket is not None:
@@ -217,14 +228,29 @@ class Admission:
             self._waiting_batch -= ticket.priority == "batch"
         return ticket
 
-    def _retry_after(self, now: float) -> float:
-        """Guess when all that waits has begun: the time in a slot, shared by all slots.
+    def _is_late(self, ticket: Ticket, now: float) -> bool:
+        latest = ticket.deadline - now - self._forecast.answer(ticket.tokens)
+        # Who goes first is only looked at where it matters.
+        return self._wait(len(self._waiting), now) > latest and (
+            self._wait(self._ahead_of(ticket), now) > latest
+        )
 
-        That is the mean of late, or how long those that run have been at it, if they take longer.
-        """
+    def _ahead_of(self, ticket: Ticket) -> int:
+        """How many of those that wait go before a newcomer: by class, and by turns of owners."""
+        batch = ticket.priority == "batch"
+        waiting = Counter(
+            other.owner for other in self._waiting.values() if batch or other.priority != "batch"
+        )
+        own = waiting.pop(ticket.owner, 0)
+        return own + sum(min(count, own + 1) for count in waiting.values())
+
+    def _wait(self, ahead: int, now: float) -> float:
         ages = [now - ticket.started for ticket in self._running.values()]
-        seconds = max(self._seconds, sum(ages) / len(ages) if ages else 0.0)
-        return min(60.0, max(0.1, seconds * (len(self._waiting) + 1) / self.slots))
+        return self._forecast.wait(ahead, self.slots, ages)
+
+    def _retry_after(self, now: float) -> float:
+        """Guess when all that waits has begun."""
+        return min(60.0, max(0.1, self._wait(len(self._waiting), now)))
 
     def _spend(self, attempt: int, now: float) -> None:
         self._spent[attempt] = now + SPENT_SECONDS

@@ -4,13 +4,15 @@ Pure: bytes, headers and the time in; a request, or the reason against it, out.
 """
 
 from collections.abc import Collection, Mapping
+from math import inf
 
 import msgspec
 
 from shared.decoding import decoded
 from shared.protocol import VERSION, Busy, Fail, Frame, Generate, Request, decode_request
+from worker.admission import Ticket
 
-__all__ = ("VERSION_HEADER", "Rejected", "read_request", "weight")
+__all__ = ("VERSION_HEADER", "Rejected", "read_request", "ticket_of")
 
 VERSION_HEADER = "Mesh-Version"
 
@@ -66,12 +68,28 @@ def read_request(
     return request
 
 
-def weight(request: Request) -> int:
-    """Slots a request takes: one a choice that is not done."""
+def ticket_of(request: Request, reply: str, offset: float) -> Ticket:
+    """What admission has to know of a request.
+
+    Args:
+        request: a valid one.
+        reply: where its frames go.
+        offset: monotonic seconds less the clock's.
+    """
     if not isinstance(request, Generate):
-        return 1
+        deadline = request.deadline + offset
+        return Ticket(request.attempt, reply, 1, request.owner, request.priority, 0, deadline)
     done = sum(before.done >= 0 for before in request.resume)
-    return max(1, request.n - done)
+    return Ticket(
+        request.attempt,
+        reply,
+        max(1, request.n - done),  # a slot for each choice that is not done
+        request.owner,
+        request.priority,
+        request.max_tokens or 0,
+        # Somebody is reading what is resumed: it goes first, and is never too late to try.
+        inf if request.resume else request.deadline + offset,
+    )
 
 
 def _version_rejected(data: bytes, version: str) -> Rejected:

@@ -26,7 +26,7 @@ from worker.engine_process import EngineGaveUp, EngineProcess
 from worker.gguf_header import GgufError, Header
 from worker.handing_back import hand_back
 from worker.hub import DownloadStopped, HubError
-from worker.intake import VERSION_HEADER, Rejected, read_request, weight
+from worker.intake import VERSION_HEADER, Rejected, read_request, ticket_of
 from worker.link import EngineStats, Ready, Step, Submit
 from worker.memory_budget import MemoryBudget, NotEnoughMemory
 from worker.preparing import ServingSettings, prepare
@@ -343,7 +343,7 @@ class Serving:
     def _admit(self, message: BusMessage, request: Request, now: float) -> None:
         admission, attempt = self._admission, request.attempt
         clock = time.monotonic()
-        ticket = Ticket(attempt, message.reply, weight(request), request.owner, request.priority)
+        ticket = ticket_of(request, message.reply, clock - now)
         if request.body_size and attempt in self._around.bodies and attempt not in admission:
             self._around.rejects.add("attempt", request=request.id)  # it is another model's
             return

@@ -60,9 +60,10 @@ async def test_a_full_worker_outside_the_group_is_reached_by_its_own_door(
     assert [job.door for job in worker.jobs] == ["direct"]
 
 
-async def test_a_busy_worker_is_passed_over_for_the_next(router, http, start_worker, chat):
+@pytest.mark.parametrize("reason", ["full", "late"])
+async def test_a_busy_worker_is_passed_over_for_the_next(router, http, start_worker, chat, reason):
     async def refuse(job):
-        await job.send(job.busy())
+        await job.send(job.busy(reason))
 
     first = await start_worker(refuse, name="worker-1")
     second = await start_worker(name="worker-2", free=0, queued=3)
@@ -128,9 +129,12 @@ async def test_where_all_have_a_queue_it_waits_in_one(router, http, start_worker
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_all_busy_is_429_with_the_shortest_wait(router, http, start_worker, chat, stream):
+@pytest.mark.parametrize("reason", ["full", "late"])
+async def test_all_busy_is_429_with_the_shortest_wait(
+    router, http, start_worker, chat, stream, reason
+):
     async def refuse(job):
-        await job.send(job.busy(retry_after=3.2 if job.worker.name == "worker-1" else 7.0))
+        await job.send(job.busy(reason, 3.2 if job.worker.name == "worker-1" else 7.0))
 
     await start_worker(refuse, name="worker-1")
     await start_worker(refuse, name="worker-2")

@@ -1,5 +1,6 @@
 """The account of slots: exact whatever comes, in whatever order."""
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -174,6 +175,57 @@ def test_the_guess_of_a_wait_follows_what_requests_took():
         return refused.retry_after
 
     assert 0.1 <= guess(0.0) < guess(5.0) < guess(20.0) <= guess(1e6) == 60.0
+
+
+def hurried(
+    attempt: int, seconds: float, tokens: int = 0, *, owner: str = "", batch: bool = False
+) -> Ticket:
+    plain = ticket(attempt, owner=owner, batch=batch)
+    return msgspec.structs.replace(plain, tokens=tokens, deadline=100.0 + seconds)
+
+
+@pytest.fixture
+def ten_seconds_each() -> Admission:
+    """One slot, taken at 100.0; those before took 10 s each and could have had 100 tokens."""
+    admission = Admission(1, 64)
+    for n in range(100):
+        admission.offer(msgspec.structs.replace(ticket(n), tokens=100), 0.0)
+        admission.release(n, 10.0)
+    admission.offer(ticket(1000), 100.0)
+    return admission
+
+
+def test_who_cannot_be_answered_in_time_is_refused_at_once(ten_seconds_each: Admission):
+    late = ten_seconds_each.offer(hurried(1, 19.0), 100.0)
+    assert isinstance(late, Refused)
+    assert (late.reason, round(late.retry_after)) == ("late", 10)
+    assert ten_seconds_each.offer(hurried(2, 21.0), 100.0) == Admitted(1)
+    assert isinstance(ten_seconds_each.offer(hurried(3, 29.0), 100.0), Refused)
+    assert ten_seconds_each.offer(hurried(4, 31.0), 100.0) == Admitted(2)
+
+
+def test_who_wants_little_needs_little_time(ten_seconds_each: Admission):
+    assert isinstance(ten_seconds_each.offer(hurried(1, 11.0, tokens=50), 100.0), Refused)
+    assert ten_seconds_each.offer(hurried(2, 11.0, tokens=5), 100.0) == Admitted(1)
+
+
+def test_whose_turn_is_soon_is_not_late_for_those_that_come_after(ten_seconds_each: Admission):
+    for n in range(5):
+        ten_seconds_each.offer(ticket(n + 1, owner="many"), 100.0)
+    assert isinstance(ten_seconds_each.offer(hurried(11, 31.0, owner="many"), 100.0), Refused)
+    assert ten_seconds_each.offer(hurried(12, 31.0, owner="one"), 100.0) == Admitted(6)
+
+
+def test_batch_requests_make_nobody_late_but_their_own_kind(ten_seconds_each: Admission):
+    for n in range(5):
+        ten_seconds_each.offer(ticket(n + 1, batch=True), 100.0)
+    assert isinstance(ten_seconds_each.offer(hurried(11, 31.0, batch=True), 100.0), Refused)
+    assert ten_seconds_each.offer(hurried(12, 31.0), 100.0) == Admitted(6)
+
+
+def test_where_a_slot_is_free_nobody_is_late(ten_seconds_each: Admission):
+    ten_seconds_each.release(1000, 100.0)
+    assert ten_seconds_each.offer(hurried(1, 0.1), 100.0) == Admitted(0)
 
 
 def test_the_time_in_the_queue_is_not_counted_as_time_in_a_slot():

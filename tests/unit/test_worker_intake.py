@@ -1,5 +1,6 @@
 """What is answered before an engine sees a request."""
 
+from math import inf
 from typing import Any
 
 import msgspec
@@ -12,12 +13,13 @@ from shared.protocol import (
     Embed,
     Fail,
     Generate,
+    Request,
     Resumed,
     Sampling,
     TextInput,
     encode,
 )
-from worker.intake import VERSION_HEADER, Rejected, read_request, weight
+from worker.intake import VERSION_HEADER, Rejected, read_request, ticket_of
 
 REQUEST = Generate("id", 5, "m", TextInput("x"), Sampling(seed=1), deadline=100.0)
 
@@ -69,7 +71,10 @@ def test_no_bytes_do_harm(data: bytes):
         assert isinstance(read(data, headers=headers), Rejected)
 
 
-def test_weights():
+def test_a_ticket_weighs_what_is_to_be_done():
+    def weight(request: Request) -> int:
+        return ticket_of(request, "reply", 0.0).weight
+
     assert weight(REQUEST) == 1
     assert weight(msgspec.structs.replace(REQUEST, n=4)) == 4
     assert weight(msgspec.structs.replace(REQUEST, n=-3)) == 1
@@ -77,3 +82,17 @@ def test_weights():
     assert weight(msgspec.structs.replace(REQUEST, n=3, resume=resumed)) == 2
     assert weight(msgspec.structs.replace(REQUEST, resume=(Resumed(done=3),))) == 1
     assert weight(Embed("id", 5, "m", (TextInput("a"), TextInput("b")), 1.0)) == 1
+
+
+def test_a_ticket_knows_the_deadline_unless_somebody_is_reading_already():
+    asked = msgspec.structs.replace(REQUEST, max_tokens=7, owner="o", priority="batch")
+    ticket = ticket_of(asked, "reply", -40.0)
+    assert (ticket.deadline, ticket.tokens, ticket.owner, ticket.priority) == (
+        60.0,
+        7,
+        "o",
+        "batch",
+    )
+    resumed = msgspec.structs.replace(REQUEST, resume=(Resumed((1,)),))
+    assert ticket_of(resumed, "reply", -40.0).deadline == inf
+    assert ticket_of(Embed("id", 5, "m", (TextInput("a"),), 100.0), "r", 1.0).deadline == 101.0
