@@ -13,6 +13,7 @@ import sysconfig
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import httpx
 import psutil
@@ -30,16 +31,28 @@ MODEL = "pair"
 ROUTERS = ("router-1", "router-2")
 WORKERS = ("worker-1", "worker-2")
 
-__all__ = ("MODEL", "ROUTERS", "WAIT", "WORKERS", "Fleet", "running_fleet")
+__all__ = ("MODEL", "ROUTERS", "WAIT", "WORKERS", "Fleet", "fleet_on", "running_fleet", "users")
 
 
-class Fleet:
+class Nats(Protocol):
+    """One server or several."""
+
+    @property
+    def log_file(self) -> Path: ...
+
+    def url_for(self, name: str, /) -> str: ...
+
+
+N = TypeVar("N", bound=Nats)
+
+
+class Fleet(Generic[N]):
     """Two routers, and two workers with the real model; `heard` is what they tell of themselves."""
 
     # One worker has room for the streams of both: what is measured is not a queue.
     slots = 32
 
-    def __init__(self, folder: Path, nats: NatsServer) -> None:
+    def __init__(self, folder: Path, nats: N) -> None:
         self.nats = nats
         self.heard = Heard()
         self._folder = folder
@@ -161,26 +174,40 @@ class Fleet:
 @contextlib.asynccontextmanager
 async def running_fleet(
     folder: Path, through: Callable[[str, str], str] = lambda _, url: url
-) -> AsyncIterator[Fleet]:
+) -> AsyncIterator[Fleet[NatsServer]]:
     """All of it, ready; `through` may give a worker another URL of the server."""
+    async with (
+        NatsServer(identities=users(), data_dir=folder / "nats") as nats,
+        fleet_on(nats, folder, through) as fleet,
+    ):
+        yield fleet
+
+
+def users() -> list[Identity]:
+    """Everybody in a fleet, with new passwords."""
     identities = [Identity(name, "router", secrets.token_hex(16)) for name in ROUTERS]
     identities += [Identity(name, "worker", secrets.token_hex(16)) for name in WORKERS]
-    identities.append(Identity("mesh-1", "mesh", secrets.token_hex(16)))
-    async with NatsServer(identities=identities, data_dir=folder / "nats") as nats:
-        fleet = Fleet(folder, nats)
-        try:
-            for name in ROUTERS:
-                fleet.start_router(name)
-            for name in WORKERS:
-                fleet.start_worker(name, through(name, nats.url_for(name)))
-            url = nats.url_for("mesh-1")
-            async with Bus.connect(url, identity="mesh-1", kind="mesh") as bus:
-                await bus.subscribe(subjects.BEATS, lambda m: fleet.heard.hear(m.data))
-                await bus.subscribe(subjects.ROUTERS, lambda m: fleet.heard.hear_router(m.data))
-                await fleet.until(fleet.serves)
-                yield fleet
-        finally:
-            fleet.clear_away()
+    return [*identities, Identity("mesh-1", "mesh", secrets.token_hex(16))]
+
+
+@contextlib.asynccontextmanager
+async def fleet_on(
+    nats: N, folder: Path, through: Callable[[str, str], str] = lambda _, url: url
+) -> AsyncIterator[Fleet[N]]:
+    """A fleet on servers that run already."""
+    fleet = Fleet(folder, nats)
+    try:
+        for name in ROUTERS:
+            fleet.start_router(name)
+        for name in WORKERS:
+            fleet.start_worker(name, through(name, nats.url_for(name)))
+        async with Bus.connect(nats.url_for("mesh-1"), identity="mesh-1", kind="mesh") as bus:
+            await bus.subscribe(subjects.BEATS, lambda m: fleet.heard.hear(m.data))
+            await bus.subscribe(subjects.ROUTERS, lambda m: fleet.heard.hear_router(m.data))
+            await fleet.until(fleet.serves)
+            yield fleet
+    finally:
+        fleet.clear_away()
 
 
 def _free_port() -> int:
