@@ -18,7 +18,7 @@ from cyclopts.config import Env
 from cyclopts.validators import Number
 from rich.console import Console
 
-from mesh import kubernetes, model_settings
+from mesh import kubernetes, model_settings, plan
 from mesh.errors import CommandError
 from mesh.fleet import Snapshot
 from mesh.parts import Speculation, UpSettings, identities
@@ -356,6 +356,7 @@ def _whole(value: Any) -> Any:
 
 
 model_settings.register(models, _folder)
+plan.register(app, _folder)
 kubernetes.register(app)
 verify_command.register(app)
 

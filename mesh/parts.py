@@ -28,6 +28,7 @@ __all__ = (
     "identities",
     "requantize_command",
     "router_command",
+    "shape_command",
     "threads_for",
     "worker_command",
 )
@@ -131,6 +132,17 @@ def requantize_command(source: Path, target: Path, file_type: str, *, force: boo
     # -P: a folder called worker where the command is given must not be taken for the package.
     command = [sys.executable, "-P", "-m", "worker.engine.requantize", "--type", file_type]
     return [*command, *(["--force"] if force else []), "--", str(source), str(target)]
+
+
+def shape_command(model: str) -> list[str]:
+    """The command line of the process that reads a model's shape.
+
+    Raises:
+        CommandError: the worker's part is not installed here.
+    """
+    if importlib.util.find_spec("worker") is None:
+        raise CommandError("the worker's part is not installed; install mesh-inference[worker]")
+    return [sys.executable, "-P", "-m", "worker.shape", model]
 
 
 def _script(name: str, extra: str) -> str:
