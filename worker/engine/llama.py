@@ -227,8 +227,11 @@ class Context:
         prefill_threads: int,
         embeddings: bool = False,
         whole_inputs: bool = False,
+        watch: Any = None,
     ) -> None:
         params = ll.llama_context_default_params()
+        if watch is not None:
+            params.cb_eval = watch
         params.n_ctx = slots * context
         params.n_seq_max = slots
         params.n_batch = params.n_ubatch = context if whole_inputs else step_tokens

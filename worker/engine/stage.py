@@ -1,0 +1,194 @@
+"""A part of a model's layers, fed with activations instead of tokens.
+
+Activations go in as `llama_batch.embd`. What comes out of the last layer, before the last norm, no
+public function of llama.cpp tells; it is taken out of the graph as it is computed, by the
+context's `cb_eval`, which is asked about every tensor of a step: some 0.3 ms for 15 layers.
+
+llama.cpp computes sequences with unequal numbers of rows in passes of its own and in an order of
+its own. So a step here has as many rows of each sequence, sequence after sequence: then there is
+one pass, and rows come out in the order in which they went in.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import llama_cpp.llama_cpp as ll
+import numpy as np
+from numpy.typing import NDArray
+
+from worker.engine.llama import Context, Model
+
+__all__ = ("EmbeddingBatch", "Stage", "input_scale")
+
+_name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(("ggml_get_name", ll._lib))
+_bytes = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p)(("ggml_nbytes", ll._lib))
+_get = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)(
+    ("ggml_backend_tensor_get", ll._lib)
+)
+
+Rows = NDArray[np.float32]
+
+
+def input_scale(architecture: str, width: int) -> float:
+    """By what activations are to be multiplied before they go into a stage.
+
+    llama.cpp multiplies all that goes into Gemma 2 by the root of its width, activations too
+    (src/models/gemma2.cpp); Gemma 3's only where they are tokens.
+    """
+    return float(width**-0.5) if architecture == "gemma2" else 1.0
+
+
+class EmbeddingBatch:
+    """The arrays of a `llama_batch` of activations, as numpy views; one sequence a row."""
+
+    def __init__(self, capacity: int, width: int) -> None:
+        self.capacity = capacity
+        self.native = ll.llama_batch_init(capacity, width, 1)
+        self.rows: Rows = _view(self.native.embd, capacity * width, ctypes.c_float).reshape(
+            capacity, width
+        )
+        self.position = _view(self.native.pos, capacity, ctypes.c_int32)
+        self.output = _view(self.native.logits, capacity, ctypes.c_int8)
+        _view(self.native.n_seq_id, capacity, ctypes.c_int32)[:] = 1
+        self.slot = np.zeros(capacity, dtype=np.int32)
+        for row in range(capacity):
+            # every row's list of sequence ids is one cell of `slot`, so a step writes one array
+            self.native.seq_id[row] = ctypes.cast(
+                self.slot.ctypes.data + 4 * row, ctypes.POINTER(ctypes.c_int32)
+            )
+
+    def close(self) -> None:
+        """Free the arrays."""
+        for row in range(self.capacity):
+            self.native.seq_id[row] = None  # they are numpy's
+        ll.llama_batch_free(self.native)
+
+
+def _view(pointer: Any, size: int, kind: Any) -> NDArray[Any]:
+    return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(kind)), (size,))
+
+
+class Stage:
+    """Some layers with the keys and values of all sequences.
+
+    Args:
+        model: a stage's file, or a whole model.
+        head: whether logits come out instead of activations.
+        scale: see `input_scale`.
+        slots: sequences.
+        context: tokens of each.
+        step_tokens: rows of a step at most.
+        threads: of every step.
+
+    Raises:
+        LoadError: there is no memory for it, or the model cannot be run so.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        head: bool,
+        scale: float,
+        slots: int,
+        context: int,
+        step_tokens: int,
+        threads: int,
+    ) -> None:
+        self.head = head
+        self._scale = np.float32(scale)
+        self._model = model
+        self._width = model.embedding_size
+        self._taken: Rows | None = None
+        self._watch = None if head else _watching(model, self._take)
+        self.context = Context(
+            model,
+            slots=slots,
+            context=context,
+            step_tokens=step_tokens,
+            threads=threads,
+            prefill_threads=threads,
+            watch=self._watch,
+        )
+        self._batch = EmbeddingBatch(step_tokens, self._width)
+
+    def close(self) -> None:
+        """Free cache and buffers; the model is the caller's."""
+        self.context.close()
+        self._batch.close()
+
+    def run(
+        self,
+        rows: Rows,
+        slots: Sequence[int],
+        positions: Sequence[int],
+        outputs: Sequence[int] | None = None,
+    ) -> Rows:
+        """Run activations through the layers.
+
+        Args:
+            rows: (n, width); as many of each sequence, one sequence after the other.
+            slots: n sequences.
+            positions: n places in them.
+            outputs: of the head, the rows whose logits are wanted, ascending; None: all.
+
+        Returns:
+            Activations (n, width), or logits (outputs, vocabulary); an array of its own.
+
+        Raises:
+            ValueError: they do not fit a step, or are not in that order.
+            RuntimeError: llama.cpp could not.
+        """
+        count = len(rows)
+        self._check(count, slots)
+        batch = self._batch
+        np.multiply(rows, self._scale, out=batch.rows[:count])
+        batch.slot[:count] = slots
+        batch.position[:count] = positions
+        wanted = range(count) if outputs is None or not self.head else outputs
+        batch.output[:count] = 0
+        batch.output[wanted] = 1
+        batch.native.n_tokens = count
+        self._taken = None
+        code = int(ll.llama_decode(self.context.handle, batch.native))
+        ll.llama_synchronize(self.context.handle)
+        if code:
+            raise RuntimeError(f"llama.cpp could not run the stage: {code}")
+        if self.head:
+            return self.context.logits(len(wanted)).copy()
+        return self._out(count)
+
+    def _out(self, count: int) -> Rows:
+        """What the watcher has taken in this step."""
+        if self._taken is None or len(self._taken) != count:
+            raise RuntimeError("llama.cpp did not compute the stage in one pass")
+        return self._taken
+
+    def _check(self, count: int, slots: Sequence[int]) -> None:
+        if not 0 < count <= self._batch.capacity:
+            raise ValueError(f"{count} rows; a step has 1 to {self._batch.capacity}")
+        each, changes = np.unique(slots, return_counts=True), np.count_nonzero(np.diff(slots))
+        if len(slots) != count or len(set(each[1].tolist())) > 1 or changes + 1 != len(each[0]):
+            raise ValueError("rows must be as many of each sequence, one after the other")
+
+    def _take(self, tensor: int) -> None:
+        size = _bytes(tensor)
+        rows = np.empty((size // 4 // self._width, self._width), dtype=np.float32)
+        _get(tensor, rows.ctypes.data, 0, size)
+        self._taken = rows
+
+
+def _watching(model: Model, take: Callable[[int], None]) -> Any:
+    """A `cb_eval` that gives the last layer's output away."""
+    wanted = f"l_out-{int(ll.llama_model_n_layer(model.handle)) - 1}".encode()
+
+    @ll.ggml_backend_sched_eval_callback  # type: ignore[untyped-decorator]
+    def watch(tensor: int, ask: bool, _: Any) -> bool:
+        if _name(tensor) != wanted:
+            return not ask
+        if not ask:
+            take(tensor)
+        return True
+
+    return watch

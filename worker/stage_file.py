@@ -1,0 +1,138 @@
+"""Making the file of a stage, once: what is there already is used, what was begun is gone on with.
+
+A file is named by all that made it (`StageCut.digest`), so that one of other layers, another
+model, or another version of the model is never taken for it. It is written beside under a name
+that ends in `.partial`, and takes its own name when it is whole and its header can be read.
+"""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from worker.gguf_file import GgufError, read_files
+from worker.model_bytes import ModelBytes, SourceError
+from worker.stage_cut import Piece, StageCut, Wanted, cut, ends_at
+
+__all__ = ("StageFile", "make_stage", "stage_path")
+
+_ZEROS = bytes(2**16)
+_DIGITS = 16
+"""Of the digest that are in the name."""
+
+
+class StageFile:
+    """What was made, and what it took."""
+
+    __slots__ = ("fetched", "path", "plan")
+
+    def __init__(self, path: Path, plan: StageCut, fetched: int) -> None:
+        self.path = path
+        self.plan = plan
+        self.fetched = fetched
+        """Bytes of tensors that were read from the model now; what was there is not counted."""
+
+
+def stage_path(folder: Path, name: str, wanted: Wanted, plan: StageCut) -> Path:
+    """Where the file of a stage is kept."""
+    part = f"{wanted.start}-{wanted.stop - 1}{'h' if wanted.head else ''}"
+    return folder / f"{name}.{part}.{plan.digest[:_DIGITS]}.gguf"
+
+
+def make_stage(
+    source: ModelBytes, wanted: Wanted, folder: Path, *, progress: Callable[[int, int], None]
+) -> StageFile:
+    """Make the file of a stage, or find it. Blocks; one process at a time makes a file.
+
+    Args:
+        source: the model.
+        wanted: which layers.
+        folder: where stage files are kept; made if it is not there.
+        progress: told the bytes that are written, and how many there will be. What it raises ends
+            the work, and the next call goes on there.
+
+    Raises:
+        GgufError: the model has no such layers, or is damaged.
+        SourceError: the model's bytes cannot be had, or the folder cannot be written.
+    """
+    parts = source.headers()
+    plan = cut(parts, source.values(ends_at(parts[0])), wanted, identity=source.identity)
+    path = stage_path(folder, source.name, wanted, plan)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(path.with_name(f".{path.name}.lock")):
+            if path.exists():
+                progress(plan.size, plan.size)
+                return StageFile(path, plan, 0)
+            partial = path.with_name(f".{path.name}.partial")
+            fetched = _write(source, plan, partial, progress)
+            _check(partial, plan)
+            partial.replace(path)
+    except OSError as error:
+        raise SourceError(f"{error.filename or folder}: {error.strerror or error}") from error
+    return StageFile(path, plan, fetched)
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process makes this file."""
+    with lock.open("a") as file:
+        # Let go by closing it. It is left there: another may be waiting for this very file.
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write(
+    source: ModelBytes, plan: StageCut, partial: Path, progress: Callable[[int, int], None]
+) -> int:
+    """Write what the file lacks; returns the bytes that were read for it."""
+    fetched = 0
+    with partial.open("ab") as file:
+        at = file.tell()
+        if at < len(plan.header):
+            file.truncate(0)
+            file.write(plan.header)
+            at = len(plan.header)
+        for piece in plan.pieces:
+            at += _fill(file.write, piece.target - at)
+            for data in _rest(source, piece, at):
+                file.write(data)
+                at += len(data)
+                fetched += len(data) if piece.part >= 0 else 0
+                progress(at, plan.size)
+        _fill(file.write, plan.size - at)
+        file.flush()
+        os.fsync(file.fileno())
+    progress(plan.size, plan.size)
+    return fetched
+
+
+def _rest(source: ModelBytes, piece: Piece, at: int) -> Iterator[bytes]:
+    """What is still to be written of a piece when the file has `at` bytes."""
+    done = max(0, at - piece.target)
+    if done >= piece.size:
+        return
+    if piece.part < 0:
+        yield bytes(piece.size - done)
+    else:
+        yield from source.read(piece.part, piece.offset + done, piece.offset + piece.size)
+
+
+def _fill(write: Callable[[bytes], int], count: int) -> int:
+    """Write so many zeros, if any; returns how many."""
+    left = max(0, count)
+    while left:
+        left -= write(_ZEROS[:left])
+    return max(0, count)
+
+
+def _check(partial: Path, plan: StageCut) -> None:
+    """See that the file is whole; one that is not is removed, so that the next call begins anew."""
+    try:
+        if partial.stat().st_size != plan.size:
+            raise GgufError(f"it has {partial.stat().st_size} bytes, not {plan.size}")
+        read_files(partial)
+    except GgufError as error:
+        partial.unlink()
+        raise SourceError(f"the stage file came out broken and was removed: {error}") from error
