@@ -33,16 +33,15 @@ class TokenRows:
 
     def __init__(self, path: Path) -> None:
         parts = read_files(path)
-        files = split_parts(path)
-        for file, part in zip(files, parts, strict=True):
-            for tensor in part.tensors:
-                if tensor.name == "token_embd.weight":
-                    break
-            else:
-                continue
-            break
-        else:
+        found = [
+            (file, tensor)
+            for file, part in zip(split_parts(path), parts, strict=True)
+            for tensor in part.tensors
+            if tensor.name == "token_embd.weight"
+        ]
+        if not found:
             raise GgufError(f"{path.name}: it has no embedding matrix")
+        ((file, tensor),) = found
         self._kind = gguf.GGMLQuantizationType(tensor.kind)
         width, count = tensor.shape
         self._rows = np.memmap(
@@ -59,7 +58,7 @@ class TokenRows:
             self([0])
         except NotImplementedError:
             raise GgufError(
-                f"{path.name}: its embedding matrix has type {self._kind.name}, which cannot be read"
+                f"{path.name}: its embedding has type {self._kind.name}, which cannot be read"
             ) from None
 
     def __call__(self, tokens: Sequence[int]) -> NDArray[np.float32]:
