@@ -13,24 +13,36 @@ import msgspec
 
 from shared import subjects
 
-__all__ = ("MAX_PAYLOAD", "Identity", "Permissions", "permissions", "render", "render_users")
+__all__ = (
+    "MAX_PAYLOAD",
+    "Identity",
+    "Permissions",
+    "permissions",
+    "render",
+    "render_users",
+    "ring_url",
+    "ring_user",
+)
 
 MAX_PAYLOAD = 8 * 1024 * 1024
 """Bytes in one message; beyond 8 MiB the server itself warns."""
 
 _BUCKETS = (subjects.DEMAND, subjects.ROLES, subjects.WORKERS, subjects.MODELS)
+_RING = "-ring"
 _ENVIRONMENT = re.compile(r"\$[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Identity(msgspec.Struct, frozen=True):
     """One process that may connect.
 
+    Of kind `ring` is what `render_users` adds for a worker's stages of split models.
+
     `password` is plain text or, as written by `nats server passwd`, a bcrypt hash; `$NAME` takes it
     from the server's environment, and the server does not start without it.
     """
 
     name: str
-    kind: Literal["router", "worker", "mesh"]
+    kind: Literal["router", "worker", "mesh", "ring"]
     password: str
 
     def __repr__(self) -> str:
@@ -97,6 +109,11 @@ def permissions(identity: Identity) -> Permissions:
                     *map(subjects.bucket_create, _BUCKETS),
                 ),
             )
+        case "ring":
+            # No responses: a worker could open any subject to itself by a message of its own that
+            # names it as reply subject.
+            worker = name.removesuffix(_RING)
+            return Permissions(subscribe=(subjects.rings(worker), inbox), publish=(subjects.RINGS,))
         case "mesh":
             return Permissions(
                 subscribe=(subjects.BEATS, subjects.ROUTERS, *told, inbox),
@@ -109,12 +126,25 @@ def permissions(identity: Identity) -> Permissions:
             )
 
 
+def ring_user(worker: str) -> str:
+    """The user beside a worker's own with which its stages of split models log in."""
+    return f"{worker}{_RING}"
+
+
+def ring_url(url: str) -> str:
+    """A worker's URL of the server, or of several, with the name of its ring user instead."""
+    return re.sub(r"(?<=//)([^/:@,]+)(?=:[^@,]*@)", rf"\1{_RING}", url)
+
+
 def render_users(identities: Sequence[Identity]) -> str:
     """Write the `authorization` block; whoever is not in it cannot connect.
+
+    Each worker gets a second user, for its stages of split models, with the same password.
 
     Raises:
         ValueError: two identities of one name, or a password that is empty or not printable.
     """
+    identities = [user for identity in identities for user in (identity, *_beside(identity))]
     names = [identity.name for identity in identities]
     if len(set(names)) != len(names):
         raise ValueError(f"identities must have different names: {', '.join(sorted(names))}")
@@ -123,6 +153,12 @@ def render_users(identities: Sequence[Identity]) -> str:
         lines += _user(identity)
     lines += ["  ]", "}", ""]
     return "\n".join(lines)
+
+
+def _beside(identity: Identity) -> tuple[Identity, ...]:
+    if identity.kind != "worker":
+        return ()
+    return (Identity(ring_user(identity.name), "ring", identity.password),)
 
 
 def render(

@@ -7,6 +7,7 @@ Layout (version `v1`; a worker, router or model is always exactly one token):
     mesh.v1.body.<worker>            chunks of a body too large for one message
     mesh.v1.cancel.<worker>          attempts whose client has left
     mesh.v1.ping.<worker>            round-trip measurement (the worker echoes)
+    mesh.v1.ring.<worker>.<group>    activations for one worker's stage of a split model
     mesh.v1.beat.<worker>            presence and load of a worker, twice a second
     mesh.v1.router.<router>          presence and load of a router
     mesh.v1.settings                 what the operator has set for all models, from routers
@@ -36,6 +37,7 @@ __all__ = (
     "INFER",
     "MODELS",
     "PINGS",
+    "RINGS",
     "ROLES",
     "ROUTERS",
     "SETTINGS",
@@ -60,6 +62,8 @@ __all__ = (
     "read_demand_key",
     "read_lease_key",
     "read_model_key",
+    "ring",
+    "rings",
     "router",
     "valid_identity",
 )
@@ -73,6 +77,7 @@ DIRECT = f"{PREFIX}.direct.*.*"
 BODIES = f"{PREFIX}.body.*"
 CANCELS = f"{PREFIX}.cancel.*"
 PINGS = f"{PREFIX}.ping.*"
+RINGS = f"{PREFIX}.ring.*.*"
 SETTINGS = f"{PREFIX}.settings"
 DEMAND = "mesh-demand"
 ROLES = "mesh-roles"
@@ -154,6 +159,16 @@ def cancel(worker: str) -> str:
 def ping(worker: str) -> str:
     """Subject a worker echoes, for round-trip measurement."""
     return f"{PREFIX}.ping.{worker}"
+
+
+def ring(worker: str, group: str) -> str:
+    """Subject on which one worker's stage of a ring takes activations; `group` is a token."""
+    return f"{PREFIX}.ring.{worker}.{group}"
+
+
+def rings(worker: str) -> str:
+    """All of one worker's stages."""
+    return f"{PREFIX}.ring.{worker}.*"
 
 
 def beat(worker: str) -> str:

@@ -20,6 +20,7 @@ __all__ = (
     "Loading",
     "Mail",
     "Ready",
+    "RingPlace",
     "Step",
     "Stop",
     "Submit",
@@ -31,6 +32,33 @@ __all__ = (
 
 LENGTH = struct.Struct("<I")
 """Prefix of every message: its length in bytes."""
+
+
+class RingPlace(msgspec.Struct, frozen=True):
+    """Where an engine stands in a ring of stages (`shared.pipeline`)."""
+
+    group: str
+    """Names this life of the ring; one token of a subject."""
+    workers: tuple[str, ...]
+    """Of all stages in their order; the last one is the head."""
+    index: int
+    """This one's."""
+    nats: str
+    """URL of the server with the ring user's name and password: a secret."""
+    identity: str
+    """That user."""
+    half: bool = True
+    """Send activations with 16 bits a number, not 32."""
+    timeout: float = 10.0
+    """Seconds after which a stage that does not answer is lost."""
+
+    @property
+    def head(self) -> bool:
+        """Whether this is the last stage."""
+        return self.index == len(self.workers) - 1
+
+    def __repr__(self) -> str:
+        return f"RingPlace({self.group!r}, {self.workers!r}, {self.index})"
 
 
 class EngineConfig(msgspec.Struct, frozen=True, tag="config"):
@@ -65,6 +93,8 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config"):
     """Tokens kept across requests for n-gram lookup; 0: only a request's own are searched."""
     prefix_memory: int = 0
     """Bytes of host memory for the KV of retired sequences whose slots were needed; 0: none."""
+    ring: RingPlace | None = None
+    """Of a stage, whose file `path` is; None: the whole model."""
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="s"):

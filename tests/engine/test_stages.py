@@ -158,5 +158,7 @@ def test_rows_in_another_order_are_refused(tmp_path: Path, owner: ExitStack):
         ring([1, 2, 3], [0, 1, 0], [0, 0, 1])
     with pytest.raises(ValueError, match="as many of each"):
         ring([1, 2, 3], [0, 0, 1], [0, 1, 0])
+    with pytest.raises(ValueError, match="consecutive slots"):
+        ring([1, 2], [0, 2], [0, 0])
     with pytest.raises(ValueError, match="a step has 1 to"):
         ring([1] * (STEP + 1), [0] * (STEP + 1), range(STEP + 1))

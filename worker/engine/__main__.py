@@ -10,17 +10,22 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
 
 from worker.engine.calibrate import asked_of, calibrated
+from worker.engine.calibration import Asked
 from worker.engine.cpu import advise
+from worker.engine.decoder import Decoder
 from worker.engine.embedding import Embedder
 from worker.engine.intake import Intake, read_message
 from worker.engine.llama import Batch, Context, LoadError, Model, silence
 from worker.engine.loop import Loop
 from worker.engine.outbox import Outbox
+from worker.engine.ring import RingBroken
+from worker.engine.ring_setup import join_ring, serve_stage
 from worker.engine.room import NoRoom, fit_context
 from worker.engine.speculation.setup import make_speculator
 from worker.gguf_header import GgufError, read_header
@@ -46,25 +51,27 @@ def main() -> None:
     config = decode_config(first)
     silence()
     try:
+        if config.ring is not None and not config.ring.head:
+            serve_stage(link, config, config.ring, _progress(link))
+            os._exit(0)
         loop = _load(link, config)
     except (LoadError, NoRoom, GgufError, OSError, RuntimeError) as error:
         link.sendall(pack(Failed(f"{config.path}: {error}")))
         sys.exit(1)
     gc.freeze()  # the vocabulary tables live for ever: never walk them again
-    loop.run()
+    try:
+        loop.run()
+    except RingBroken as error:
+        # The agent tells all who wait, as of an engine that has died.
+        structlog.get_logger().error("ring.broken", reason=str(error))
+        os._exit(1)
     # an orderly teardown is worth nothing here: exit returns all memory at once
     os._exit(0)
 
 
 def _load(link: socket.socket, config: EngineConfig) -> Loop:
     began = time.monotonic()
-    told = 0.0
-
-    def progress(fraction: float) -> None:
-        nonlocal told
-        if fraction - told >= 0.02 or fraction == 1.0:
-            told = fraction
-            link.sendall(pack(Loading(fraction)))
+    progress = _progress(link)
 
     def weights(fraction: float) -> None:
         progress(_WEIGHTS * fraction)
@@ -74,22 +81,11 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
 
     model = Model(config.path, gpu_layers=config.gpu_layers, on_progress=weights)
     asked = asked_of(config)
-    fitting = fit_context(
-        read_header(Path(config.path)),
-        slots=config.slots,
-        wanted=config.context or min(model.trained_context, MOST_CONTEXT),
-        step_tokens=config.step_tokens,
-        memory=config.memory_limit,
-        cells=config.kv_tokens,
-    )
-    context = Context(
-        model,
-        slots=config.slots,
-        context=fitting,
-        step_tokens=config.step_tokens,
-        threads=asked.limit,
-        prefill_threads=asked.prefill_threads or asked.limit,
-    )
+    context: Decoder
+    if config.ring is not None:
+        context = join_ring(model, config, config.ring, asked.limit)
+    else:
+        context = _whole(model, config, asked)
     _prove(model, context, config.step_tokens)
     calibration = calibrated(model, context, config, tell=calibrating).calibration
     context.set_threads(calibration.threads, calibration.prefill_threads)
@@ -124,7 +120,39 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
     return loop
 
 
-def _prove(model: Model, context: Context, capacity: int) -> None:
+def _progress(link: socket.socket) -> Callable[[float], None]:
+    """Tells the agent how far the load is, in steps worth telling."""
+    told = 0.0
+
+    def progress(fraction: float) -> None:
+        nonlocal told
+        if fraction - told >= 0.02 or fraction == 1.0:
+            told = fraction
+            link.sendall(pack(Loading(fraction)))
+
+    return progress
+
+
+def _whole(model: Model, config: EngineConfig, asked: Asked) -> Context:
+    fitting = fit_context(
+        read_header(Path(config.path)),
+        slots=config.slots,
+        wanted=config.context or min(model.trained_context, MOST_CONTEXT),
+        step_tokens=config.step_tokens,
+        memory=config.memory_limit,
+        cells=config.kv_tokens,
+    )
+    return Context(
+        model,
+        slots=config.slots,
+        context=fitting,
+        step_tokens=config.step_tokens,
+        threads=asked.limit,
+        prefill_threads=asked.prefill_threads or asked.limit,
+    )
+
+
+def _prove(model: Model, context: Decoder, capacity: int) -> None:
     """Generate a real token, which also warms all pages up."""
     batch = Batch(capacity)
     batch.token[0] = max(model.bos, 0)

@@ -19,6 +19,7 @@ import structlog
 from worker import hardware
 from worker.engine.calibration import DEPTH, WIDTHS, Asked, Calibration, calibrate, nominal
 from worker.engine.calibration_cache import cache_folder, cache_key, load, store, switched_off
+from worker.engine.decoder import Decoder
 from worker.engine.llama import Context, LoadError, Model, silence
 from worker.engine.stepper import ContextStepper, run_queue_seconds, spin_rounds
 from worker.link import EngineConfig
@@ -56,7 +57,7 @@ def asked_of(config: EngineConfig) -> Asked:
 
 def calibrated(
     model: Model,
-    context: Context,
+    context: Decoder,
     config: EngineConfig,
     *,
     fresh: bool = False,

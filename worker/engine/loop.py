@@ -15,11 +15,12 @@ import structlog
 from shared.errors import CannotContinue, DeadlineExceeded, MeshError, WorkerFailed
 from shared.protocol import Fail, Frame
 from worker.engine.calibration import Calibration
+from worker.engine.decoder import Decoder
 from worker.engine.embedding import Embedder, EmbedJob
 from worker.engine.fair_queue import FairQueue
 from worker.engine.intake import Intake, Rejected
 from worker.engine.job import Job
-from worker.engine.llama import Batch, Context
+from worker.engine.llama import Batch
 from worker.engine.outbox import Outbox
 from worker.engine.prefixes import Prefixes
 from worker.engine.scheduler import Pace, plan
@@ -53,7 +54,7 @@ class Loop:
 
     def __init__(
         self,
-        context: Context,
+        context: Decoder,
         embedder: Embedder,
         intake: Intake,
         outbox: Outbox,

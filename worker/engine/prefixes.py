@@ -4,7 +4,7 @@ From the slot itself, from another one, or from host memory, whichever has the l
 host memory goes what a slot held when it is given to another conversation.
 """
 
-from worker.engine.llama import Context
+from worker.engine.decoder import Decoder
 from worker.engine.prefix_store import PrefixStore
 from worker.engine.slots import LEAST_COPY, Placement, Slots
 
@@ -14,7 +14,7 @@ __all__ = ("Prefixes",)
 class Prefixes:
     """Over the slots of a context; `memory` bytes of the host's are used, 0: none."""
 
-    def __init__(self, context: Context, slots: Slots, memory: int) -> None:
+    def __init__(self, context: Decoder, slots: Slots, memory: int) -> None:
         self._context = context
         self._slots = slots
         self._store = PrefixStore(memory) if memory else None

@@ -4,9 +4,9 @@ Activations go in as `llama_batch.embd`. What comes out of the last layer, befor
 public function of llama.cpp tells; it is taken out of the graph as it is computed, by the
 context's `cb_eval`, which is asked about every tensor of a step: some 0.3 ms for 15 layers.
 
-llama.cpp computes sequences with unequal numbers of rows in passes of its own and in an order of
-its own. So a step here has as many rows of each sequence, sequence after sequence: then there is
-one pass, and rows come out in the order in which they went in.
+llama.cpp computes sequences with unequal numbers of rows, or with gaps between their slots, in
+passes of its own. So a step here has as many rows of each sequence, and consecutive slots, sequence
+after sequence: then there is one pass, and rows come out in the order in which they went in.
 """
 
 import ctypes
@@ -99,7 +99,7 @@ class Stage:
         self.head = head
         self._scale = np.float32(scale)
         self._model = model
-        self._width = model.embedding_size
+        self.width = model.embedding_size
         self._taken: Rows | None = None
         self._watch = None if head else _watching(model, self._take)
         self.context = Context(
@@ -111,7 +111,7 @@ class Stage:
             prefill_threads=threads,
             watch=self._watch,
         )
-        self._batch = EmbeddingBatch(step_tokens, self._width)
+        self._batch = EmbeddingBatch(step_tokens, self.width)
 
     def close(self) -> None:
         """Free cache and buffers; the model is the caller's."""
@@ -156,7 +156,8 @@ class Stage:
         if code:
             raise RuntimeError(f"llama.cpp could not run the stage: {code}")
         if self.head:
-            return self.context.logits(len(wanted)).copy()
+            empty = np.empty((0, self._model.vocab_size), dtype=np.float32)
+            return self.context.logits(len(wanted)).copy() if len(wanted) else empty
         return self._out(count)
 
     def _out(self, count: int) -> Rows:
@@ -168,13 +169,15 @@ class Stage:
     def _check(self, count: int, slots: Sequence[int]) -> None:
         if not 0 < count <= self._batch.capacity:
             raise ValueError(f"{count} rows; a step has 1 to {self._batch.capacity}")
-        each, changes = np.unique(slots, return_counts=True), np.count_nonzero(np.diff(slots))
-        if len(slots) != count or len(set(each[1].tolist())) > 1 or changes + 1 != len(each[0]):
-            raise ValueError("rows must be as many of each sequence, one after the other")
+        first, each = slots[0], list(slots).count(slots[0])
+        if list(slots) != [first + row // each for row in range(count)]:
+            raise ValueError(
+                "rows must be as many of each sequence, one after the other, in consecutive slots"
+            )
 
     def _take(self, tensor: int) -> None:
         size = _bytes(tensor)
-        rows = np.empty((size // 4 // self._width, self._width), dtype=np.float32)
+        rows = np.empty((size // 4 // self.width, self.width), dtype=np.float32)
         _get(tensor, rows.ctypes.data, 0, size)
         self._taken = rows
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from worker.engine.llama import Batch, Context
+from worker.engine.decoder import Decoder
+from worker.engine.llama import Batch
 
 __all__ = ("ContextStepper", "run_queue_seconds", "spin_rounds")
 
@@ -21,7 +22,7 @@ class ContextStepper:
         RuntimeError: llama.cpp failed; from every method.
     """
 
-    def __init__(self, context: Context, step_tokens: int, vocab_size: int) -> None:
+    def __init__(self, context: Decoder, step_tokens: int, vocab_size: int) -> None:
         self._context = context
         self._batch = Batch(step_tokens)
         self._vocab_size = vocab_size

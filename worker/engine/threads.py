@@ -5,8 +5,8 @@ a governor of its own. While a prompt is computed nothing is tried out.
 """
 
 from worker.engine.calibration import Calibration
+from worker.engine.decoder import Decoder
 from worker.engine.governor import Governor
-from worker.engine.llama import Context
 from worker.engine.speculation.speculator import Speculator
 
 __all__ = ("Threads",)
@@ -16,7 +16,7 @@ class Threads:
     """Sets the threads of a context, and of the draft model's, which keeps its pace."""
 
     def __init__(
-        self, context: Context, calibration: Calibration, speculator: Speculator | None
+        self, context: Decoder, calibration: Calibration, speculator: Speculator | None
     ) -> None:
         self._context = context
         self._narrow = Governor(calibration.threads, calibration.seconds)

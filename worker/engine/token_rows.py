@@ -61,7 +61,7 @@ class TokenRows:
                 f"{path.name}: its embedding has type {self._kind.name}, which cannot be read"
             ) from None
 
-    def __call__(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+    def __call__(self, tokens: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
         """The activations of some tokens, (tokens, width)."""
         data = self._rows[np.asarray(tokens, dtype=np.int64)]
         rows = gguf.quants.dequantize(data, self._kind).astype(np.float32, copy=False)

@@ -8,6 +8,7 @@ import structlog
 
 from worker.engine.calibrate import calibrated
 from worker.engine.calibration import Calibration
+from worker.engine.decoder import Decoder
 from worker.engine.llama import Context, LoadError, Model
 from worker.engine.speculation.costs import StepCost
 from worker.engine.speculation.drafter import Drafter
@@ -24,7 +25,7 @@ log = structlog.get_logger()
 def make_speculator(
     config: EngineConfig,
     model: Model,
-    context: Context,
+    context: Decoder,
     calibration: Calibration,
 ) -> tuple[Speculator | None, str]:
     """The speculator of a loaded model, and a line on a draft model that is not used, or nothing.
@@ -59,7 +60,7 @@ def make_speculator(
 def _drafter(
     config: EngineConfig,
     target: Model,
-    context: Context,
+    context: Decoder,
     calibration: Calibration,
 ) -> Drafter:
     """Load the draft model and check that it fits.

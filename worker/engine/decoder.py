@@ -1,0 +1,54 @@
+"""What the engine needs of whatever computes a model: one context, or a ring of stages."""
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker.engine.llama import Batch
+
+__all__ = ("Decoder",)
+
+
+class Decoder(Protocol):
+    """Slots with a cache; see `worker.engine.llama.Context` for what each method does."""
+
+    slots: int
+    context: int
+    """Tokens of a slot."""
+
+    def set_threads(self, decode: int, prefill: int) -> None:
+        """See `Context.set_threads`."""
+        ...
+
+    def decode(self, batch: Batch, rows: int) -> int:
+        """See `Context.decode`."""
+        ...
+
+    def logits(self, outputs: int) -> NDArray[np.float32]:
+        """See `Context.logits`."""
+        ...
+
+    def forget(self, slot: int, start: int = 0) -> bool:
+        """See `Context.forget`."""
+        ...
+
+    def copy(self, source: int, target: int) -> bool:
+        """See `Context.copy`."""
+        ...
+
+    def swap(self, left: int, right: int) -> bool:
+        """See `Context.swap`."""
+        ...
+
+    def save(self, slot: int) -> NDArray[np.uint8] | None:
+        """See `Context.save`."""
+        ...
+
+    def restore(self, slot: int, state: NDArray[np.uint8]) -> bool:
+        """See `Context.restore`."""
+        ...
+
+    def close(self) -> None:
+        """See `Context.close`."""
+        ...
