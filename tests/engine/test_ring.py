@@ -15,10 +15,10 @@ from engine_driver import EngineDied, EngineDriver
 from shared.broker import NatsServer
 from shared.broker_config import ring_url, ring_user
 from shared.protocol import Constraint, Sampling
+from worker.cut_file import make_stage
 from worker.link import RingPlace
 from worker.model_bytes import FileBytes
 from worker.stage_cut import Wanted
-from worker.stage_file import make_stage
 
 pytestmark = [pytest.mark.model, pytest.mark.nats]
 

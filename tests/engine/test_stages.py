@@ -12,6 +12,7 @@ from asking import packaged_model
 from tiny_models import TINY, write_tiny
 
 from shared.planning import SPLITTABLE
+from worker.cut_file import make_stage
 from worker.engine.llama import Batch, Context, Model, silence
 from worker.engine.stage import Rows, Stage, input_scale
 from worker.engine.token_rows import TokenRows
@@ -19,7 +20,6 @@ from worker.gguf_file import read_files
 from worker.model_bytes import FileBytes
 from worker.shape import read_shape
 from worker.stage_cut import Wanted
-from worker.stage_file import make_stage
 
 pytestmark = pytest.mark.model
 

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from worker.cut_file import MadeFile, make_stage
 from worker.gguf_file import GgufError, read_files
 from worker.model_bytes import FileBytes, HttpBytes, SourceError, open_model
 from worker.shape import read_shape
 from worker.stage_cut import ROWS, Wanted
-from worker.stage_file import StageFile, make_stage
 
 LAYERS, WIDTH, VOCABULARY = 6, 32, 100
 HEAD = Wanted(4, LAYERS, head=True)
@@ -70,7 +70,7 @@ def tensors_of(path: Path) -> dict[str, Any]:
     return {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(path).tensors}
 
 
-def cut_of(path: Path, wanted: Wanted, folder: Path) -> StageFile:
+def cut_of(path: Path, wanted: Wanted, folder: Path) -> MadeFile:
     return make_stage(FileBytes(path), wanted, folder, progress=nothing)
 
 

@@ -1,6 +1,6 @@
-"""Making the file of a stage, once: what is there already is used, what was begun is gone on with.
+"""Making the file of a stage or a shard, once: what is there is used, what was begun goes on.
 
-A file is named by all that made it (`StageCut.digest`), so that one of other layers, another
+A file is named by all that made it (`Cut.digest`), so that one of other layers, another
 model, or another version of the model is never taken for it. It is written beside under a name
 that ends in `.partial`, and takes its own name when it is whole and its header can be read.
 """
@@ -11,46 +11,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from worker.gguf_cut import Cut, Piece
 from worker.gguf_file import GgufError, read_files
 from worker.model_bytes import ModelBytes, SourceError
-from worker.stage_cut import Piece, StageCut, Wanted, cut, ends_at
+from worker.stage_cut import Wanted, cut, ends_at
 
-__all__ = ("StageFile", "make_stage", "stage_path")
+__all__ = ("MadeFile", "make_file", "make_stage")
 
 _ZEROS = bytes(2**16)
 _DIGITS = 16
 """Of the digest that are in the name."""
 
 
-class StageFile:
+class MadeFile:
     """What was made, and what it took."""
 
     __slots__ = ("fetched", "path", "plan")
 
-    def __init__(self, path: Path, plan: StageCut, fetched: int) -> None:
+    def __init__(self, path: Path, plan: Cut, fetched: int) -> None:
         self.path = path
         self.plan = plan
         self.fetched = fetched
         """Bytes of tensors that were read from the model now; what was there is not counted."""
 
 
-def stage_path(folder: Path, name: str, wanted: Wanted, plan: StageCut) -> Path:
-    """Where the file of a stage is kept."""
-    part = f"{wanted.start}-{wanted.stop - 1}{'h' if wanted.head else ''}"
-    return folder / f"{name}.{part}.{plan.digest[:_DIGITS]}.gguf"
-
-
 def make_stage(
     source: ModelBytes, wanted: Wanted, folder: Path, *, progress: Callable[[int, int], None]
-) -> StageFile:
-    """Make the file of a stage, or find it. Blocks; one process at a time makes a file.
-
-    Args:
-        source: the model.
-        wanted: which layers.
-        folder: where stage files are kept; made if it is not there.
-        progress: told the bytes that are written, and how many there will be. What it raises ends
-            the work, and the next call goes on there.
+) -> MadeFile:
+    """Make the file of a stage, or find it; see `make_file`.
 
     Raises:
         GgufError: the model has no such layers, or is damaged.
@@ -58,20 +46,45 @@ def make_stage(
     """
     parts = source.headers()
     plan = cut(parts, source.values(ends_at(parts[0])), wanted, identity=source.identity)
-    path = stage_path(folder, source.name, wanted, plan)
+    part = f"{wanted.start}-{wanted.stop - 1}{'h' if wanted.head else ''}"
+    return make_file(source, plan, folder, f"{source.name}.{part}", progress=progress)
+
+
+def make_file(
+    source: ModelBytes,
+    plan: Cut,
+    folder: Path,
+    name: str,
+    *,
+    progress: Callable[[int, int], None],
+) -> MadeFile:
+    """Make a file of a model's bytes, or find it. Blocks; one process at a time makes a file.
+
+    Args:
+        source: the model.
+        plan: what goes where.
+        folder: where it is kept; made if it is not there.
+        name: its name, but for the digest and the ending.
+        progress: told the bytes that are written, and how many there will be. What it raises ends
+            the work, and the next call goes on there.
+
+    Raises:
+        SourceError: the model's bytes cannot be had, or the folder cannot be written.
+    """
+    path = folder / f"{name}.{plan.digest[:_DIGITS]}.gguf"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(path.with_name(f".{path.name}.lock")):
             if path.exists():
                 progress(plan.size, plan.size)
-                return StageFile(path, plan, 0)
+                return MadeFile(path, plan, 0)
             partial = path.with_name(f".{path.name}.partial")
             fetched = _write(source, plan, partial, progress)
             _check(partial, plan)
             partial.replace(path)
     except OSError as error:
         raise SourceError(f"{error.filename or folder}: {error.strerror or error}") from error
-    return StageFile(path, plan, fetched)
+    return MadeFile(path, plan, fetched)
 
 
 @contextmanager
@@ -84,7 +97,7 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 def _write(
-    source: ModelBytes, plan: StageCut, partial: Path, progress: Callable[[int, int], None]
+    source: ModelBytes, plan: Cut, partial: Path, progress: Callable[[int, int], None]
 ) -> int:
     """Write what the file lacks; returns the bytes that were read for it."""
     fetched = 0
@@ -127,7 +140,7 @@ def _fill(write: Callable[[bytes], int], count: int) -> int:
     return max(0, count)
 
 
-def _check(partial: Path, plan: StageCut) -> None:
+def _check(partial: Path, plan: Cut) -> None:
     """See that the file is whole; one that is not is removed, so that the next call begins anew."""
     try:
         if partial.stat().st_size != plan.size:
@@ -135,4 +148,4 @@ def _check(partial: Path, plan: StageCut) -> None:
         read_files(partial)
     except GgufError as error:
         partial.unlink()
-        raise SourceError(f"the stage file came out broken and was removed: {error}") from error
+        raise SourceError(f"the file came out broken and was removed: {error}") from error
