@@ -23,6 +23,7 @@ from mesh.errors import CommandError
 from mesh.fleet import Snapshot
 from mesh.parts import Speculation, UpSettings, identities
 from mesh.running import default_data_dir, find
+from mesh.shard_commands import app as shard_app
 from mesh.verify import command as verify_command
 from mesh.worker_commands import app as worker_app
 from shared import __version__
@@ -171,6 +172,7 @@ def top(*, nats: _Text = "", data_dir: _DataDir = None) -> None:
 models = App(name="models", help="Show the models, set their replicas, or write another format.")
 app.command(models)
 app.command(worker_app)
+app.command(shard_app)
 
 
 @models.default

@@ -3,11 +3,9 @@
 Secrets go into environments only; a command line can be read by everybody on the host.
 """
 
-import importlib.util
 import os
 import secrets
 import shutil
-import sys
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Literal
 import msgspec
 
 from mesh.errors import CommandError
+from mesh.following import worker_module
 from shared.broker import Identity
 
 __all__ = (
@@ -127,11 +126,9 @@ def requantize_command(source: Path, target: Path, file_type: str, *, force: boo
     Raises:
         CommandError: llama.cpp is not installed here.
     """
-    if importlib.util.find_spec("llama_cpp") is None:
-        raise CommandError("llama.cpp is not installed; install mesh-inference[worker]")
-    # -P: a folder called worker where the command is given must not be taken for the package.
-    command = [sys.executable, "-P", "-m", "worker.engine.requantize", "--type", file_type]
-    return [*command, *(["--force"] if force else []), "--", str(source), str(target)]
+    command = worker_module("worker.engine.requantize", needs="llama_cpp")
+    command += ["--type", file_type, *(["--force"] if force else [])]
+    return [*command, "--", str(source), str(target)]
 
 
 def shape_command(model: str) -> list[str]:
@@ -140,9 +137,7 @@ def shape_command(model: str) -> list[str]:
     Raises:
         CommandError: the worker's part is not installed here.
     """
-    if importlib.util.find_spec("worker") is None:
-        raise CommandError("the worker's part is not installed; install mesh-inference[worker]")
-    return [sys.executable, "-P", "-m", "worker.shape", model]
+    return [*worker_module("worker.shape"), model]
 
 
 def _script(name: str, extra: str) -> str:

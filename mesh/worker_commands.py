@@ -4,11 +4,7 @@ The work is done by a process of the worker package, which has llama.cpp; what i
 described in `worker.engine.calibrate`.
 """
 
-import importlib.util
-import subprocess
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -16,17 +12,16 @@ import msgspec
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from mesh.errors import CommandError
+from mesh.following import follow, worker_module
 from mesh.models import resolve
 
 __all__ = ("app",)
 
 app = App(name="worker", help="Measure the engine of this host.")
 
-_END_SECONDS = 5.0
 _SOURCES = {
     "measured": "measured now, and kept",
     "cached": "measured before; --fresh measures again",
@@ -86,10 +81,7 @@ def calibrate(
 
 
 def _command(path: str, threads: int | None, *, fresh: bool) -> list[str]:
-    if importlib.util.find_spec("llama_cpp") is None:
-        raise CommandError("llama.cpp is not installed; install mesh-inference[worker]")
-    # -P: a folder called worker where the command is given must not be taken for the package.
-    command = [sys.executable, "-P", "-m", "worker.engine.calibrate"]
+    command = worker_module("worker.engine.calibrate", needs="llama_cpp")
     command += ["--threads", str(threads)] if threads else []
     return [*command, *(["--fresh"] if fresh else []), "--", path]
 
@@ -100,57 +92,10 @@ def _run(command: list[str], name: str) -> _Report:
     Raises:
         CommandError: it failed; the message is its own last line.
     """
-    console = Console(stderr=True, highlight=False)
-    # A session of its own: Ctrl-C is for this process, which ends the other.
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    ) as child:
-        try:
-            report = _follow(child.stdout or (), name, console)
-            words = child.stderr.read().split("\n") if child.stderr else []
-            code = child.wait()
-        except BaseException:
-            _end(child)
-            raise
-    if code or report is None:
-        said = [line.strip() for line in words if line.strip()]
-        raise CommandError(said[-1] if said else f"the calibration ended with exit code {code}")
-    return report
-
-
-def _follow(lines: Iterable[str], name: str, console: Console) -> _Report | None:
-    """Show progress until the process closes its output; its report, if it came to one."""
-    report: _Report | None = None
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=30),
-        TimeElapsedColumn(),
-    )
-    with Progress(
-        *columns, console=console, disable=not console.is_terminal, transient=True
-    ) as shown:
-        task = shown.add_task(f"measuring {name}", total=1.0)
-        for line in lines:
-            word, _, rest = line.strip().partition(" ")
-            if word == "progress":
-                shown.update(task, completed=float(rest))
-            elif word == "done":
-                report = msgspec.json.decode(rest, type=_Report)
-    return report
-
-
-def _end(child: "subprocess.Popen[str]") -> None:
-    child.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        child.wait(_END_SECONDS)
-        return
-    child.kill()
+    work = follow(command, f"measuring {name}", Console(stderr=True, highlight=False))
+    if work.code or not work.result:
+        raise CommandError(work.words or f"the calibration ended with exit code {work.code}")
+    return msgspec.json.decode(work.result, type=_Report)
 
 
 def _print(report: _Report, name: str, console: Console) -> None:

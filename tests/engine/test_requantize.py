@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from asking import packaged_model
 
-import mesh.requantize
+import mesh.following
 from mesh.cli import main
 from worker.engine.requantize import FILE_TYPES, RequantizeError, WrongRequest, requantize
 from worker.gguf_header import GgufError, read_header
@@ -161,7 +161,7 @@ def test_killed_it_leaves_nothing_either(tmp_path: Path, monkeypatch: pytest.Mon
         process.kill()
         return process
 
-    monkeypatch.setattr(mesh.requantize.subprocess, "Popen", start)
+    monkeypatch.setattr(mesh.following.subprocess, "Popen", start)
     command = ["models", "requantize", str(packaged_model()), str(tmp_path / "m.gguf")]
     assert main([*command, "--type", "F32"]) == 1
     assert len(started) == 1

@@ -38,8 +38,8 @@ TINY = {
 """Mistral's models are of architecture `llama`, and Mixtral's are that with experts."""
 
 
-def write_tiny(path: Path, tiny: Tiny, seed: int = 0) -> Path:
-    """Write one in F32, without a vocabulary."""
+def write_tiny(path: Path, tiny: Tiny, seed: int = 0, *, alike: bool = False) -> Path:
+    """Write one in F32, without a vocabulary; `alike`: all experts of a layer are the same."""
     draw = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, tiny.architecture)
     writer.add_block_count(tiny.layers)
@@ -68,6 +68,8 @@ def write_tiny(path: Path, tiny: Tiny, seed: int = 0) -> Path:
 
     def matrix(name: str, *shape: int) -> None:
         data = draw.standard_normal(shape) / np.sqrt(shape[-1])
+        if alike and "_exps" in name:
+            data[:] = data[:1]
         writer.add_tensor(f"{name}.weight", data.astype(np.float32))
 
     def vector(name: str, size: int, *, suffix: str = "weight", mean: float = 1.0) -> None:

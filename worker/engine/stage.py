@@ -18,14 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker.engine.llama import Context, Model
+from worker.engine.tensors import tensor_name, tensor_rows
 
 __all__ = ("EmbeddingBatch", "Stage", "input_scale")
-
-_name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(("ggml_get_name", ll._lib))
-_bytes = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p)(("ggml_nbytes", ll._lib))
-_get = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)(
-    ("ggml_backend_tensor_get", ll._lib)
-)
 
 Rows = NDArray[np.float32]
 
@@ -170,16 +165,13 @@ class Stage:
         if not 0 < count <= self._batch.capacity:
             raise ValueError(f"{count} rows; a step has 1 to {self._batch.capacity}")
         first, each = slots[0], list(slots).count(slots[0])
-        if list(slots) != [first + row // each for row in range(count)]:
+        if count % each or list(slots) != [first + row // each for row in range(count)]:
             raise ValueError(
                 "rows must be as many of each sequence, one after the other, in consecutive slots"
             )
 
     def _take(self, tensor: int) -> None:
-        size = _bytes(tensor)
-        rows = np.empty((size // 4 // self.width, self.width), dtype=np.float32)
-        _get(tensor, rows.ctypes.data, 0, size)
-        self._taken = rows
+        self._taken = tensor_rows(tensor)
 
 
 def _watching(model: Model, take: Callable[[int], None]) -> Any:
@@ -188,7 +180,7 @@ def _watching(model: Model, take: Callable[[int], None]) -> Any:
 
     @ll.ggml_backend_sched_eval_callback  # type: ignore[untyped-decorator]
     def watch(tensor: int, ask: bool, _: Any) -> bool:
-        if _name(tensor) != wanted:
+        if tensor_name(tensor) != wanted:
             return not ask
         if not ask:
             take(tensor)
