@@ -148,12 +148,19 @@ class Model:
 
 
 class Batch:
-    """The arrays of one `llama_batch`, as numpy views; one sequence a row."""
+    """The arrays of one `llama_batch`, as numpy views; one sequence a row.
 
-    def __init__(self, capacity: int) -> None:
+    With a `width` it is of activations, in `rows`; else of tokens.
+    """
+
+    def __init__(self, capacity: int, width: int = 0) -> None:
         self.capacity = capacity
-        self.native = ll.llama_batch_init(capacity, 0, 1)
-        self.token = _view(self.native.token, capacity, ctypes.c_int32)
+        self.native = ll.llama_batch_init(capacity, width, 1)
+        if width:
+            flat = _view(self.native.embd, capacity * width, ctypes.c_float)
+            self.rows: NDArray[np.float32] = flat.reshape(capacity, width)
+        else:
+            self.token = _view(self.native.token, capacity, ctypes.c_int32)
         self.position = _view(self.native.pos, capacity, ctypes.c_int32)
         self.output = _view(self.native.logits, capacity, ctypes.c_int8)
         _view(self.native.n_seq_id, capacity, ctypes.c_int32)[:] = 1
@@ -163,6 +170,12 @@ class Batch:
             self.native.seq_id[row] = ctypes.cast(
                 self.slot.ctypes.data + 4 * row, ctypes.POINTER(ctypes.c_int32)
             )
+
+    def close(self) -> None:
+        """Free the arrays."""
+        for row in range(self.capacity):
+            self.native.seq_id[row] = None  # a cell of `slot`, which is numpy's
+        ll.llama_batch_free(self.native)
 
     def fill(self, row: int, slot: int, tokens: Sequence[int], position: int) -> int:
         """Put consecutive tokens of a slot into rows from `row` on, without output.

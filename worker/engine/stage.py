@@ -9,7 +9,6 @@ passes of its own. So a step here has as many rows of each sequence, and consecu
 after sequence: then there is one pass, and rows come out in the order in which they went in.
 """
 
-import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,10 +16,10 @@ import llama_cpp.llama_cpp as ll
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.engine.llama import Context, Model
+from worker.engine.llama import Batch, Context, Model
 from worker.engine.tensors import tensor_name, tensor_rows
 
-__all__ = ("EmbeddingBatch", "Stage", "input_scale")
+__all__ = ("Rows", "Stage", "input_scale")
 
 Rows = NDArray[np.float32]
 
@@ -32,36 +31,6 @@ def input_scale(architecture: str, width: int) -> float:
     (src/models/gemma2.cpp); Gemma 3's only where they are tokens.
     """
     return float(width**-0.5) if architecture == "gemma2" else 1.0
-
-
-class EmbeddingBatch:
-    """The arrays of a `llama_batch` of activations, as numpy views; one sequence a row."""
-
-    def __init__(self, capacity: int, width: int) -> None:
-        self.capacity = capacity
-        self.native = ll.llama_batch_init(capacity, width, 1)
-        self.rows: Rows = _view(self.native.embd, capacity * width, ctypes.c_float).reshape(
-            capacity, width
-        )
-        self.position = _view(self.native.pos, capacity, ctypes.c_int32)
-        self.output = _view(self.native.logits, capacity, ctypes.c_int8)
-        _view(self.native.n_seq_id, capacity, ctypes.c_int32)[:] = 1
-        self.slot = np.zeros(capacity, dtype=np.int32)
-        for row in range(capacity):
-            # every row's list of sequence ids is one cell of `slot`, so a step writes one array
-            self.native.seq_id[row] = ctypes.cast(
-                self.slot.ctypes.data + 4 * row, ctypes.POINTER(ctypes.c_int32)
-            )
-
-    def close(self) -> None:
-        """Free the arrays."""
-        for row in range(self.capacity):
-            self.native.seq_id[row] = None  # they are numpy's
-        ll.llama_batch_free(self.native)
-
-
-def _view(pointer: Any, size: int, kind: Any) -> NDArray[Any]:
-    return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(kind)), (size,))
 
 
 class Stage:
@@ -106,7 +75,7 @@ class Stage:
             prefill_threads=threads,
             watch=self._watch,
         )
-        self._batch = EmbeddingBatch(step_tokens, self.width)
+        self._batch = Batch(step_tokens, self.width)
 
     def close(self) -> None:
         """Free cache and buffers; the model is the caller's."""
