@@ -15,7 +15,7 @@ CHECKED := shared router worker mesh loadtests tests infra
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test slow chaos soak lint format check bench-engine bench-router bench-routing bench-end-to-end bench-cancel bench-overload bench-slow-readers bench-servers bench-memory peers bench-peers bench-speculation check-equality simulate clean distclean
+.PHONY: help env run test slow chaos soak lint format check bench-engine bench-router bench-routing bench-ring bench-end-to-end bench-cancel bench-overload bench-slow-readers bench-servers bench-memory peers bench-peers bench-speculation check-equality simulate clean distclean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | \
@@ -68,6 +68,9 @@ simulate: env ## The fleet in virtual time; ARGS="--part policies" and so on, ha
 
 bench-router: env ## Router alone: CPU a token, streams, memory
 	$(BIN)/python -m loadtests.bench_router $(ARGS)
+
+bench-ring: env ## A model in two stages against the same in one process
+	$(BIN)/python -m loadtests.bench_ring $(ARGS)
 
 bench-end-to-end: env ## HTTP through router and NATS against the engine alone
 	$(BIN)/python -m loadtests.bench_end_to_end $(ARGS)
