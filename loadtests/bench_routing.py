@@ -294,6 +294,7 @@ def main(
     load: float = 0.8,
     conversations: int = 64,
     tokens: int = 48,
+    at_once: int = 8,
     json_file: Annotated[Path | None, cyclopts.Parameter(name="--json")] = None,
 ) -> None:
     """Print the tables.
@@ -307,9 +308,13 @@ def main(
         load: of the skewed load, as a share of what the workers can do
         conversations: how many are held, in 8 turns each
         tokens: of each of their answers
+        at_once: turns at once; with 1, prompts are computed beside nothing else
         json_file: where to write every repetition
     """
-    skew, talk = Skew(seconds=seconds, load=load), Talk(count=conversations, tokens=tokens)
+    skew, talk = (
+        Skew(seconds=seconds, load=load),
+        Talk(count=conversations, tokens=tokens, at_once=at_once),
+    )
     rows = uvloop.run(measure(part, routing, range(seed, seed + reps), skew, talk))
     if json_file is not None:
         json_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
