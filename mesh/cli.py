@@ -276,8 +276,8 @@ def nats_config(
 ) -> None:
     """Print a nats-server configuration with a user for each process, and new passwords.
 
-    The users are router-1, worker-1, mesh-1 and so on. Keep the output where only nats-server
-    reads it.
+    The users are router-1, worker-1, mesh-1 and so on; each worker has a second one, as
+    worker-1-ring, for parts of models. Keep the output where only nats-server reads it.
 
     Parameters
     ----------

@@ -126,7 +126,7 @@ def test_nats_config_has_a_user_for_each_process(capsys: pytest.CaptureFixture[s
     assert main(["nats-config", "--routers", "2", "--workers", "1", "--commands", "0"]) == 0
     text = capsys.readouterr().out
     users = [json.loads(line.split(": ")[1]) for line in text.splitlines() if " user: " in line]
-    assert users == ["router-1", "router-2", "worker-1"]
+    assert users == ["router-1", "router-2", "worker-1", "worker-1-ring"]
 
 
 def test_a_port_that_is_taken_is_named() -> None:

@@ -215,7 +215,7 @@ def test_no_host_is_a_refusal_too():
 
 def test_shards_only_where_they_are_allowed():
     shape = shape_of(
-        architecture="qwen3moe",
+        architecture="dbrx",
         layers=(Layer(80 * MIB, 1024, 72 * MIB),) * 4,
         experts=8,
         experts_used=2,
