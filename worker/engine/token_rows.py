@@ -42,7 +42,10 @@ class TokenRows:
         if not found:
             raise GgufError(f"{path.name}: it has no embedding matrix")
         ((file, tensor),) = found
-        self._kind = gguf.GGMLQuantizationType(tensor.kind)
+        try:
+            self._kind = gguf.GGMLQuantizationType(tensor.kind)
+        except ValueError:
+            raise _unreadable(path, f"number {tensor.kind}") from None
         width, count = tensor.shape
         self._rows = np.memmap(
             file,
@@ -57,12 +60,15 @@ class TokenRows:
         try:
             self([0])
         except NotImplementedError:
-            raise GgufError(
-                f"{path.name}: its embedding has type {self._kind.name}, which cannot be read"
-            ) from None
+            # What gguf says of a type whose numbers it cannot read: at the start, not in a step.
+            raise _unreadable(path, self._kind.name) from None
 
     def __call__(self, tokens: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
         """The activations of some tokens, (tokens, width)."""
         data = self._rows[np.asarray(tokens, dtype=np.int64)]
         rows = gguf.quants.dequantize(data, self._kind).astype(np.float32, copy=False)
         return np.asarray(rows * self._scale, dtype=np.float32)
+
+
+def _unreadable(path: Path, kind: str) -> GgufError:
+    return GgufError(f"{path.name}: its embedding has type {kind}, which cannot be read")
