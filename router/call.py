@@ -84,6 +84,8 @@ class Call(Asking):
 
     def receive(self, frame: Frame) -> None:
         """Take one frame of the current attempt."""
+        if type(frame) is not Delta and self._misnamed(frame):
+            return
         verdict = self._assembly.check(frame)
         if verdict == "take":
             if type(frame) is Delta:
@@ -92,6 +94,13 @@ class Call(Asking):
                 self._control(frame)
         elif verdict == "gap":
             self._lose("gap", WorkerFailed("Part of the worker's answer was lost on the way."))
+
+    def _misnamed(self, frame: Frame) -> bool:
+        """Whether a worker that was asked by name answers in another's: he would bear the blame."""
+        if not isinstance(frame, Accepted | Busy) or self._target in ("", frame.worker):
+            return False
+        self._desk.rejects.add("misnamed", worker=self._target, named=frame.worker)
+        return True
 
     def _control(self, frame: Frame) -> None:
         if isinstance(frame, Accepted):
@@ -233,6 +242,7 @@ class Call(Asking):
         self._count("handed_back")
         self._search.release()
         self._search = search
+        self._target = accepted.worker
         self._begin_attempt(accepted.attempt)
         self._asked_at = time.monotonic()
         self._desk.inbox.register(accepted.attempt, self)

@@ -13,6 +13,7 @@ from router.waiting import Held, WaitingRoom
 from shared.bus import Bus
 from shared.errors import MeshError
 from shared.protocol import Frame
+from shared.rejects import Rejects
 
 __all__ = ("Desk", "Loss", "Sink")
 
@@ -49,6 +50,7 @@ class Desk(Protocol):
     waiting: WaitingRoom
     breakers: Breakers
     retries: RetryBudget
+    rejects: Rejects
 
     def spawn(self, job: Coroutine[Any, Any, None]) -> None:
         """Run something beside."""

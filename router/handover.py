@@ -122,6 +122,8 @@ class Handover:
             self._aside.append(frame)
             if isinstance(frame, End):
                 self._stay()
+        elif isinstance(frame, Accepted) and frame.worker != self._target:
+            self._desk.rejects.add("misnamed", worker=self._target, named=frame.worker)
         elif isinstance(frame, Accepted) and not frame.position:
             self._over = True
             self._desk.inbox.forget(self._old, self)

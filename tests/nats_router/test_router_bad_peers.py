@@ -215,6 +215,25 @@ async def test_whatever_a_worker_sends_nothing_breaks_but_its_own(
     assert not router.dispatcher.watched
 
 
+async def test_who_answers_in_anothers_name_is_not_believed(router, start_worker, http, chat):
+    """What goes wrong with the answer would be put down to the other one."""
+
+    async def script(job):
+        await job.send(Accepted(job.attempt, "worker-9"))
+        await job.send(Busy(job.attempt, "worker-9", 60.0, "full"))
+        await job.speak("its ", "own")
+
+    worker = await start_worker(script=script)
+    await worker.group.leave()
+
+    answer = await http.post(f"{router.url}{CHAT}", json=chat())
+
+    assert [job.door for job in worker.jobs] == ["direct"]
+    assert answer.json()["choices"][0]["message"]["content"] == "its own"
+    metrics = (await http.get(f"{router.url}/metrics")).text
+    assert counted(metrics, 'mesh_dropped_messages_total{kind="misnamed"}') == 2
+
+
 async def test_who_was_out_of_it_cannot_speak_in_the_answer(router, start_worker, http, chat):
     """It knows the attempt that it was asked with, and may publish where the answer goes."""
     forged = asyncio.Event()
