@@ -16,6 +16,8 @@ class Decoder(Protocol):
     slots: int
     context: int
     """Tokens of a slot."""
+    lanes: int
+    """Steps that may be under way at once; 1: only `decode`, and one at a time."""
 
     def set_threads(self, decode: int, prefill: int) -> None:
         """See `Context.set_threads`."""
@@ -23,6 +25,17 @@ class Decoder(Protocol):
 
     def decode(self, batch: Batch, rows: int) -> int:
         """See `Context.decode`."""
+        ...
+
+    def begin(self, batch: Batch, rows: int) -> None:
+        """Set off a step of one row of each of some sequences; `finish` waits for the oldest one.
+
+        Nothing else may be done to the cache while one is under way.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Wait for the oldest step that has been set off; its logits are there then."""
         ...
 
     def logits(self, outputs: int) -> NDArray[np.float32]:

@@ -268,6 +268,7 @@ class Context:
         self._model = model
         self._memory = ll.llama_get_memory(self.handle)
         self.slots = slots
+        self.lanes = 1
         self.context = int(ll.llama_n_ctx_seq(self.handle))
         self._states = [np.empty(0, dtype=np.uint8) for _ in range(2)]
         self._logits: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
@@ -289,6 +290,18 @@ class Context:
         code = int(ll.llama_decode(self.handle, batch.native))
         ll.llama_synchronize(self.handle)
         return code
+
+    def begin(self, batch: Batch, rows: int) -> None:
+        """See `Decoder.begin`: there is one lane, and its step is computed at once.
+
+        Raises:
+            RuntimeError: llama.cpp failed.
+        """
+        if code := self.decode(batch, rows):
+            raise RuntimeError(f"llama_decode returned {code} for {rows} rows")
+
+    def finish(self) -> None:
+        """See `Decoder.finish`: `begin` has left nothing to wait for."""
 
     def logits(self, outputs: int) -> NDArray[np.float32]:
         """Logits of the rows that asked for output, (outputs, vocabulary).

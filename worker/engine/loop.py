@@ -8,7 +8,6 @@ import queue
 import time
 from collections.abc import Sequence as Drafts
 from operator import attrgetter
-from typing import NamedTuple
 
 import structlog
 
@@ -18,14 +17,16 @@ from worker.engine.calibration import Calibration
 from worker.engine.decoder import Decoder
 from worker.engine.embedding import Embedder, EmbedJob
 from worker.engine.fair_queue import FairQueue
+from worker.engine.filling import Sampled, fill, fill_decoding
 from worker.engine.intake import Intake, Rejected
 from worker.engine.job import Job
+from worker.engine.lanes import deal, overlap
 from worker.engine.llama import Batch
 from worker.engine.outbox import Outbox
 from worker.engine.prefixes import Prefixes
 from worker.engine.scheduler import Pace, plan
 from worker.engine.sequence import NoTokenLeft, Sequence
-from worker.engine.slots import TOKENS_A_GAP_STEP, Placement, Slot, Slots, hole
+from worker.engine.slots import TOKENS_A_GAP_STEP, Placement, Slots, hole
 from worker.engine.speculation.candidates import Candidate
 from worker.engine.speculation.speculator import Speculator
 from worker.engine.tally import Tally
@@ -37,16 +38,9 @@ __all__ = ("Loop",)
 log = structlog.get_logger()
 
 _IDLE_SECONDS = 0.5
+_LANE_ROUNDS = 32
+"""Rounds of lanes after which deadlines and drafts are looked at again."""
 _slot_of = attrgetter("place")
-
-
-class _Sampled(NamedTuple):
-    """A sequence with logits in this step."""
-
-    sequence: Sequence
-    draft: list[int]
-    end: int
-    """Tokens of its slot that are computed, the draft not counted."""
 
 
 class Loop:
@@ -262,11 +256,15 @@ class Loop:
             if self._speculator is not None:
                 drafts = self._draft(self._speculator)
         speculating = any(drafts)
+        if alone and not speculating and self._context.lanes > 1 and len(running) > 1:
+            self._decode_in_lanes()
+            return
         if alone and not speculating:
-            rows, sampled = self._fill_decoding()
+            rows, sampled = fill_decoding(self._batch, running)
         else:
             budget = self._pace.budget(decoding, urgent=any(s.awaited for s in running))
-            rows, sampled = self._fill(plan([s.stretch for s in running], budget), drafts)
+            wanted = plan([s.stretch for s in running], budget)
+            rows, sampled = fill(self._batch, running, wanted, drafts)
         # an idle prefill, with no row in this step, leaves it one of decoding alone
         alone = alone or rows == decoding
         self._threads.choose(prefill=not alone)
@@ -286,42 +284,39 @@ class Loop:
             if alone and self._speculator is not None:
                 self._speculator.finished(self._tally.completion_tokens - before, seconds, rows)
 
-    def _fill_decoding(self) -> tuple[int, list[_Sampled]]:
-        """A row for each sequence; what most steps are, and so done with few operations."""
-        slots: list[Slot] = [s.slot for s in self._running if s.slot is not None]
-        ends = [len(slot.tokens) for slot in slots]
-        rows = self._batch.fill_decoding(
-            [slot.index for slot in slots],
-            [slot.tokens[-1] for slot in slots],
-            [slot.cached for slot in slots],
-        )
-        for slot, end in zip(slots, ends, strict=True):
-            slot.cached = end
-        return rows, [
-            _Sampled(sequence, [], end) for sequence, end in zip(self._running, ends, strict=True)
-        ]
+    def _decode_in_lanes(self) -> None:
+        """Decode all that run, a part at a time, until there is something else to do."""
+        count, began = len(self._running), time.perf_counter()
+        self._threads.choose(prefill=False)
+        before = self._tally.completion_tokens
+        lanes = deal(list(self._running), self._context.lanes)
+        left = _LANE_ROUNDS * len(lanes)
 
-    def _fill(self, rows_of: Drafts[int], drafts: Drafts[list[int]]) -> tuple[int, list[_Sampled]]:
-        """So many rows of each sequence, with its draft behind the last; returns rows in all."""
-        running, batch = self._running, self._batch
-        # ascending slots, so that llama.cpp finds them consecutive
-        order = sorted(
-            (i for i, rows in enumerate(rows_of) if rows), key=lambda i: running[i].place
-        )
-        row = 0
-        sampled: list[_Sampled] = []
-        for i in order:
-            sequence = running[i]
-            slot = sequence.slot
-            assert slot is not None  # noqa: S101  a running sequence has one
-            start, end = slot.cached, slot.cached + rows_of[i]
-            draft = drafts[i] if drafts else []
-            row = batch.fill(row, slot.index, slot.tokens[start:end] + draft, start)
-            if end == len(slot.tokens):
-                batch.output[row - 1 - len(draft) : row] = 1
-                sampled.append(_Sampled(sequence, draft, end))
-            slot.cached = end
-        return row, sampled
+        def begin(lane: Drafts[Sequence]) -> list[Sampled]:
+            rows, sampled = fill_decoding(self._batch, lane)
+            self._context.begin(self._batch, rows)
+            return sampled
+
+        def finish(sampled: list[Sampled]) -> bool:
+            nonlocal left
+            left -= 1
+            self._context.finish()
+            self._advance(sampled)
+            self._outbox.flush(self._stats)
+            return (
+                left > 0
+                and len(self._running) == count
+                and self._intake.arrivals.empty()
+                and not self._embedder
+            )
+
+        rounds = overlap(lanes, begin, finish) / len(lanes)
+        self._tally.steps += round(rounds)
+        seconds = (time.perf_counter() - began) / rounds
+        self._pace.measured(count, 0, seconds)
+        if self._speculator is not None:
+            tokens = self._tally.completion_tokens - before
+            self._speculator.finished(round(tokens / rounds), seconds, count)
 
     def _draft(self, speculator: Speculator) -> Drafts[list[int]]:
         candidates = []
@@ -337,7 +332,7 @@ class Loop:
             )
         return speculator.propose(candidates, time.perf_counter)
 
-    def _advance(self, sampled: list[_Sampled]) -> None:
+    def _advance(self, sampled: list[Sampled]) -> None:
         logits = self._context.logits(sum(1 + len(entry.draft) for entry in sampled))
         now = time.monotonic()
         row = 0

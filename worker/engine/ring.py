@@ -7,8 +7,9 @@ nothing is under way.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -43,8 +44,8 @@ class RingBroken(RuntimeError):
 class RingTransport(Protocol):
     """The way to the first stage, and from the last one back."""
 
-    def send(self, data: bytes) -> None:
-        """Send to the first stage.
+    def send(self, data: bytes, *, heard: bool = False) -> None:
+        """Send to the first stage; `heard`: if it is gone, the ring is at its end.
 
         Raises:
             RingBroken: there is no connection.
@@ -52,8 +53,21 @@ class RingTransport(Protocol):
         ...
 
     def receive(self, timeout: float) -> bytes | None:
-        """What the last stage has sent; None: nothing came for so many seconds."""
+        """What the last stage has sent; None: nothing came for so many seconds.
+
+        Raises:
+            RingBroken: the connection is lost, or a stage is.
+        """
         ...
+
+
+class _Sent(NamedTuple):
+    """A pass that is under way, and what the head's layers are to be run with."""
+
+    number: int
+    slots: list[int]
+    positions: list[int]
+    outputs: list[int]
 
 
 class RingContext:
@@ -88,7 +102,8 @@ class RingContext:
         self._embed = embed
         self._transport = transport
         self._group = group
-        self._passes = others + 1
+        self.lanes = others + 1
+        self._begun: deque[list[_Sent]] = deque()
         self._most_rows = most_rows
         self._half = half
         self._timeout = timeout
@@ -112,9 +127,9 @@ class RingContext:
             until = min(deadline, time.monotonic() + HELLO_EVERY)
             while (left := until - time.monotonic()) > 0:
                 message, _ = self._next(left)
-                if isinstance(message, Hello) and len(message.stages) == self._passes - 1:
+                if isinstance(message, Hello) and len(message.stages) == self.lanes - 1:
                     return message.stages
-        raise RingBroken(f"not all {self._passes} stages were there after {within:g} s")
+        raise RingBroken(f"not all {self.lanes} stages were there after {within:g} s")
 
     def decode(self, batch: Batch, rows: int) -> int:
         """Run the first `rows` rows; always 0.
@@ -122,13 +137,24 @@ class RingContext:
         Raises:
             RingBroken: a stage is lost.
         """
-        slots = batch.slot[:rows].tolist()
-        spans = passes(slots, most=self._most_rows, wanted=self._passes)
-        sent = [self._send(batch, span) for span in spans]
-        self._logits.clear()
-        for span, number in zip(spans, sent, strict=True):
-            self._receive(batch, span, number)
+        self._set_off(batch, rows, wanted=self.lanes)
+        self.finish()
         return 0
+
+    def begin(self, batch: Batch, rows: int) -> None:
+        """See `Decoder.begin`; raises RingBroken."""
+        self._set_off(batch, rows, wanted=1)
+
+    def finish(self) -> None:
+        """See `Decoder.finish`; raises RingBroken."""
+        self._logits.clear()
+        for sent in self._begun.popleft():
+            self._receive(sent)
+
+    def _set_off(self, batch: Batch, rows: int, *, wanted: int) -> None:
+        slots = batch.slot[:rows].tolist()
+        spans = passes(slots, most=self._most_rows, wanted=wanted)
+        self._begun.append([self._send(batch, span) for span in spans])
 
     def logits(self, outputs: int) -> Rows:
         """Logits of the rows that asked for output, (outputs, vocabulary)."""
@@ -169,23 +195,29 @@ class RingContext:
             self._operations.append(operation)
         return done
 
-    def _send(self, batch: Batch, span: Span) -> int:
+    def _send(self, batch: Batch, span: Span) -> "_Sent":
+        part = slice(span.start, span.stop)
         number, self._number = self._number, self._number + 1
         head = Pass(
             group=self._group,
             number=number,
             first=int(batch.slot[span.start]),
-            starts=tuple(batch.position[span.start : span.stop : span.each].tolist()),
+            starts=tuple(batch.position[part][:: span.each].tolist()),
             each=span.each,
             half=self._half,
             operations=tuple(self._operations),
         )
         self._operations.clear()
-        rows = self._embed(batch.token[span.start : span.stop])
-        self._transport.send(encode_message(head, to_bytes(rows, half=self._half)))
-        return number
+        rows = self._embed(batch.token[part])
+        self._transport.send(encode_message(head, to_bytes(rows, half=self._half)), heard=True)
+        return _Sent(
+            number,
+            batch.slot[part].tolist(),
+            batch.position[part].tolist(),
+            np.flatnonzero(batch.output[part]).tolist(),
+        )
 
-    def _receive(self, batch: Batch, span: Span, number: int) -> None:
+    def _receive(self, sent: "_Sent") -> None:
         deadline = time.monotonic() + self._timeout
         while True:
             left = deadline - time.monotonic()
@@ -194,15 +226,11 @@ class RingContext:
                 raise RingBroken(f"no stage has answered for {self._timeout:g} s")
             if isinstance(message, Pass):
                 break
-        if message.number != number:
-            raise RingBroken(f"pass {message.number} came back where {number} was expected")
+        if message.number != sent.number:
+            raise RingBroken(f"pass {message.number} came back where {sent.number} was expected")
         rows = from_bytes(data, message.rows, self._stage.width, half=message.half)
-        part = slice(span.start, span.stop)
-        wanted = np.flatnonzero(batch.output[part]).tolist()
-        logits = self._stage.run(
-            rows, batch.slot[part].tolist(), batch.position[part].tolist(), wanted
-        )
-        if wanted:
+        logits = self._stage.run(rows, sent.slots, sent.positions, sent.outputs)
+        if sent.outputs:
             self._logits.append(logits)
 
     def _next(self, timeout: float) -> tuple[StageMessage | None, memoryview]:
