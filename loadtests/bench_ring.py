@@ -2,14 +2,17 @@
 
 Engine processes alone, as their agents would drive them: no router, no HTTP. Each stage is pinned
 to a core and has one thread; the whole model runs on one core, and on both with two threads. Layers
-are dealt by the planner's rule, so that both stages read about as many bytes for a token. The
-systems take turns within each repetition; those that are not asked are idle.
+are dealt by the planner's rule, so that both stages read about as many bytes for a token; then once
+more by how long a step of each stage took. The systems take turns within each repetition; those
+that are not asked are idle. The bound is what the two stages compute unconnected, fed with made-up
+activations: of the slower one, or of both together where a single stream uses them in turn.
 """
 
 import asyncio
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,8 +25,8 @@ from loadtests.engine_driver import EngineDriver, new_attempt
 from loadtests.figures import markdown, median_and_range
 from loadtests.stack import Stack, smollm2, smollm2_f32, smollm2_q4_0
 from shared.broker_config import ring_url, ring_user
-from shared.model_shape import Scales, Size
-from shared.partition import Host, deal
+from shared.model_shape import ModelShape, Scales, Size
+from shared.partition import Host, Stage, deal
 from shared.protocol import ChatInput, Delta, Generate, Message, Sampling
 from worker.cut_file import make_stage
 from worker.link import RingPlace
@@ -33,6 +36,7 @@ from worker.stage_cut import Wanted
 
 Target = Literal["F32", "Q4_0", "Q4_1"]
 SYSTEMS = ("one core", "both cores", "two stages")
+BOUND_SECONDS = 1.0
 WORKERS = ("worker-1", "worker-2")
 CONTEXT = 512
 _FILES = {"F32": smollm2_f32, "Q4_0": smollm2_q4_0, "Q4_1": lambda folder: smollm2()}
@@ -82,32 +86,129 @@ def _pin(engine: EngineDriver, cores: set[int]) -> None:
         os.sched_setaffinity(int(task.name), cores)
 
 
-async def _ring(
-    model: Path, stack: Stack, options: dict[str, int], *, half: bool
-) -> list[EngineDriver]:
-    shape = read_shape(model)
-    stages = deal(
-        Scales(shape, Size(CONTEXT * options["slots"], 64)),
-        [Host(name, 1 << 40) for name in WORKERS],
-    )
+class Bound:
+    """The two stages' processes, unconnected."""
+
+    def __init__(self) -> None:
+        self._stages: list[asyncio.subprocess.Process] = []
+
+    async def start(self, paths: Sequence[Path], slots: int) -> None:
+        """Load them, each on a core of its own."""
+        for core, path in enumerate(paths):
+            head = ("--head",) if path == paths[-1] else ()
+            stage = await asyncio.create_subprocess_exec(
+                *("taskset", "-c", str(core), sys.executable, "-m", "loadtests.stage_bound"),
+                *(str(path), "--slots", str(slots), "--context", str(CONTEXT), *head),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+            self._stages.append(stage)
+            await self._line(stage)
+
+    async def stop(self) -> None:
+        """End them."""
+        for stage in self._stages:
+            if stage.stdin is not None:
+                stage.stdin.close()
+            await stage.wait()
+        self._stages.clear()
+
+    async def steps(self, rows: int) -> list[float]:
+        """Seconds of a step of so many rows, of each stage, both at work."""
+        for stage in self._stages:
+            if stage.stdin is not None:
+                stage.stdin.write(f"{rows} {BOUND_SECONDS}\n".encode())
+        return [float(await self._line(stage)) for stage in self._stages]
+
+    async def rate(self, streams: int) -> float:
+        """Tokens a second of so many streams."""
+        if streams == 1:
+            return 1 / sum(await self.steps(1))
+        rows = -(-streams // len(self._stages))
+        return rows / max(await self.steps(rows))
+
+    @staticmethod
+    async def _line(stage: asyncio.subprocess.Process) -> str:
+        line = await stage.stdout.readline() if stage.stdout is not None else b""
+        if not line:
+            raise RuntimeError("a stage of the bound has ended")
+        return line.decode().strip()
+
+
+def _dealt(shape: ModelShape, slots: int, speeds: Sequence[float]) -> tuple[Stage, ...]:
+    hosts = [Host(name, 1 << 40, speed=speed) for name, speed in zip(WORKERS, speeds, strict=True)]
+    stages = deal(Scales(shape, Size(CONTEXT * slots, 64)), hosts)
     assert stages is not None
+    return stages
+
+
+def _files(model: Path, folder: Path, stages: Sequence[Stage]) -> list[Path]:
+    return [
+        make_stage(
+            FileBytes(model),
+            Wanted(stage.start, stage.stop, head=stage.head),
+            folder,
+            progress=lambda *_: None,
+        ).path
+        for stage in stages
+    ]
+
+
+async def _balanced(model: Path, folder: Path, slots: int) -> tuple[tuple[Stage, ...], list[Path]]:
+    """Deal the layers so that a step takes both stages as long.
+
+    What a stage reads says nothing of what its attention and its logits compute; so the first deal
+    is measured, and what a stage took for its share of the bytes is its speed in the second one.
+    """
+    shape = read_shape(model)
+    stages = _dealt(shape, slots, (1.0, 1.0))
+    for _ in range(2):
+        paths = _files(model, folder, stages)
+        bound = Bound()
+        try:
+            await bound.start(paths, slots)
+            took = [await bound.steps(max(1, slots // 2)) for _ in range(3)]
+        finally:
+            await bound.stop()
+        means = [sum(one) / len(took) for one in zip(*took, strict=True)]
+        sys.stderr.write(
+            "; ".join(
+                f"layers {stage.start}-{stage.stop - 1}{'+head' if stage.head else ''}: "
+                f"{1000 * mean:.2f} ms"
+                for stage, mean in zip(stages, means, strict=True)
+            )
+            + "\n"
+        )
+        speeds = [stage.share / mean for stage, mean in zip(stages, means, strict=True)]
+        again = _dealt(shape, slots, speeds)
+        if [stage.stop for stage in again] == [stage.stop for stage in stages]:
+            break
+        stages = again
+    return stages, _files(model, folder, stages)
+
+
+def _ring(
+    model: Path,
+    stack: Stack,
+    paths: Sequence[Path],
+    options: dict[str, int],
+    *,
+    half: bool,
+) -> list[EngineDriver]:
     engines: list[EngineDriver] = []
-    for index, stage in enumerate(stages):
-        wanted = Wanted(stage.start, stage.stop, head=stage.head)
-        folder = stack.folder / "stages"
-        made = make_stage(FileBytes(model), wanted, folder, progress=lambda *_: None)
-        engine = EngineDriver(str(made.path), threads=1, speculation="off", **options)
+    for index, (worker, path) in enumerate(zip(WORKERS, paths, strict=True)):
+        engine = EngineDriver(str(path), threads=1, speculation="off", **options)
         place = RingPlace(
             group=f"bench-{model.stem.rpartition('.')[2]}",
             workers=WORKERS,
             index=index,
-            nats=ring_url(stack.url(stage.host)),
-            identity=ring_user(stage.host),
+            nats=ring_url(stack.url(worker)),
+            identity=ring_user(worker),
             half=half,
         )
         engine.config = msgspec.structs.replace(engine.config, ring=place)
         engines.append(engine)
-        sys.stderr.write(f"layers {stage.start}-{stage.stop - 1} on {stage.host}\n")
     return engines
 
 
@@ -117,13 +218,18 @@ async def measure(
     """Run all and return the table."""
     options = {"slots": max(streams), "context": CONTEXT, "step_tokens": 256}
     rates: dict[tuple[str, int], list[float]] = {}
+    bounds: dict[int, list[float]] = {}
     async with Stack(workers=len(WORKERS)) as stack, AsyncExitStack() as owner:
         model = _FILES[target](stack.folder)
         whole = [
             EngineDriver(str(model), threads=threads, speculation="off", **options)
             for threads in (1, 2)
         ]
-        ring = await _ring(model, stack, options, half=half)
+        stages, paths = await _balanced(model, stack.folder / "stages", max(streams))
+        ring = _ring(model, stack, paths, options, half=half)
+        bound = Bound()
+        owner.push_async_callback(bound.stop)
+        await bound.start(paths, max(streams))
         async with asyncio.TaskGroup() as group:
             for engine in (*whole, *ring):
                 owner.push_async_callback(engine.stop)
@@ -137,13 +243,19 @@ async def measure(
                     rate = await _rate(engine, count, tokens, 1000 * rep)
                     rates.setdefault((name, count), []).append(rate)
                     sys.stderr.write(f"{rep + 1}/{reps}: {count} at once, {name}: {rate:.1f}\n")
+                bounds.setdefault(count, []).append(await bound.rate(count))
+    cuts = ", ".join(f"{s.start}-{s.stop - 1}{'+head' if s.head else ''}" for s in stages)
+    sys.stderr.write(f"layers {cuts}\n")
     rows = []
     for count in streams:
         alone, both, split = (rates[name, count] for name in SYSTEMS)
         ratios = [a / b for a, b in zip(split, alone, strict=True)]
         beside = [a / b for a, b in zip(split, both, strict=True)]
-        rows.append((str(count), *map(median_and_range, (alone, both, split, ratios, beside))))
-    head = ("at once", *SYSTEMS, "stages / one core", "stages / both cores")
+        most = bounds[count]
+        of_bound = [a / b for a, b in zip(split, most, strict=True)]
+        columns = (alone, both, split, most, ratios, beside, of_bound)
+        rows.append((str(count), *map(median_and_range, columns)))
+    head = ("at once", *SYSTEMS, "bound", "stages / one core", "/ both cores", "/ bound")
     return markdown(head, rows)
 
 
