@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from shared.groups import SplitModel
 from shared.presence import Beat, ModelState, RouterBeat, decode_beat, decode_router_beat
 
 __all__ = ("Fleet", "ModelView", "Snapshot", "WorkerOfModel")
@@ -111,6 +112,28 @@ class Fleet:
         if beat is None:
             return None
         return next((state for state in beat.models if state.name == model), None)
+
+    def served(self, model: str) -> bool:
+        """Whether some worker serves a model."""
+        return any(
+            state.name == model and state.state == "ready"
+            for beat in self.workers.values()
+            for state in beat.models
+        )
+
+    def part(self, worker: str, model: str) -> SplitModel | None:
+        """What a worker says of a model of which it could carry a part only."""
+        beat = self.workers.get(worker)
+        if beat is None:
+            return None
+        return next((part for part in beat.parts if part.name == model), None)
+
+    def failures(self, worker: str, model: str) -> tuple[str, ...]:
+        """Why a worker could not serve a model of late."""
+        beat = self.workers.get(worker)
+        if beat is None:
+            return ()
+        return tuple(c.reason for c in beat.changes if c.model == model and c.action == "fail")
 
     def snapshot(self) -> Snapshot:
         """Everything, in the order of the names."""

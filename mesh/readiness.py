@@ -15,6 +15,8 @@ __all__ = ("Loads", "judge", "wait_for_models", "wait_for_routers")
 _LOOK_EVERY = 0.1
 _FIRST_BEAT = 60.0
 _ROUTER_START = 60.0
+_TRIES = 3
+"""Failures after which a model that several carry is given up."""
 
 
 class Loads(msgspec.Struct, frozen=True):
@@ -32,7 +34,10 @@ class Loads(msgspec.Struct, frozen=True):
 
 
 def judge(fleet: Fleet, workers: Sequence[str], models: Sequence[str]) -> Loads:
-    """Sort every model of every worker by how far it is."""
+    """Sort every model of every worker by how far it is.
+
+    A model that they carry together counts once, with the worker that has the head.
+    """
     pending: list[tuple[str, str]] = []
     ready: list[tuple[str, str]] = []
     failed: list[tuple[str, str, str]] = []
@@ -43,9 +48,24 @@ def judge(fleet: Fleet, workers: Sequence[str], models: Sequence[str]) -> Loads:
                 ready.append((worker, model))
             elif state is not None and state.state == "failed":
                 failed.append((worker, model, state.detail))
-            else:
+            elif fleet.part(worker, model) is None:
                 pending.append((worker, model))
+            elif not fleet.served(model):
+                reason = _refusal(fleet, worker, model)
+                if reason:
+                    failed.append((worker, model, reason))
+                else:
+                    pending.append((worker, model))
     return Loads(pending=tuple(pending), ready=tuple(ready), failed=tuple(failed))
+
+
+def _refusal(fleet: Fleet, worker: str, model: str) -> str:
+    """Why it is no use to wait until a model comes about that many carry; empty: it is."""
+    failures = fleet.failures(worker, model)
+    if len(failures) >= _TRIES:
+        return failures[-1]
+    part = fleet.part(worker, model)
+    return part.missing if part is not None and not failures else ""
 
 
 async def wait_for_models(

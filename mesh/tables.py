@@ -36,6 +36,8 @@ def status_view(snapshot: Snapshot, *, now: float | None = None) -> RenderableTy
         _loads(snapshot.workers),
     )
     parts: list[RenderableType] = [part for table in tables for part in (table, Text(""))]
+    if any(worker.stages for worker in snapshot.workers):
+        parts += [_stages(snapshot.workers), Text("")]
     if any(worker.changes for worker in snapshot.workers):
         parts += [_changes(snapshot.workers, moment), Text("")]
     return Group(*parts, *_advice(snapshot.workers))
@@ -128,6 +130,28 @@ def _loads(workers: tuple[Beat, ...]) -> Table:
                 f"{model.gain:.2f}x" if model.drafted else "",
                 _part(model.cached_tokens, model.prompt_tokens),
             )
+    return table
+
+
+def _stages(workers: tuple[Beat, ...]) -> Table:
+    """Who carries which layers of the models that several workers share."""
+    table = _table("parts", "layers", "worker", "state", "memory")
+    heads = {
+        (worker.worker, model.name): model.memory for worker in workers for model in worker.models
+    }
+    every = [(stage, worker.worker) for worker in workers for stage in worker.stages]
+    for stage, worker in sorted(every, key=lambda e: (e[0].model, e[0].group, e[0].start)):
+        state = _state(stage.state)
+        head = not stage.memory
+        if stage.detail:
+            state.append(f" {stage.detail}", style="default")
+        table.add_row(
+            Text(stage.model),
+            f"{stage.start}-{stage.stop - 1}{'+head' if head else ''}",
+            Text(worker),
+            state,
+            size_text(heads.get((worker, stage.model), 0) if head else stage.memory),
+        )
     return table
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from shared.distance import Distances
+from shared.groups import SplitModel
 from shared.presence import Beat, LoadableModel, ModelState
 from shared.routing import Pool, Routing
 
@@ -94,10 +95,10 @@ class Fleet:
                 ready.append(model.name)
                 self._offer(beat.worker, model)
         names = frozenset(ready)
-        if seen is not None and seen.beat.able == beat.able:
+        if seen is not None and (seen.beat.able, seen.beat.parts) == (beat.able, beat.parts):
             able = seen.able
         else:
-            able = self._learn(beat.able)
+            able = self._learn(beat)
         if seen is not None:
             self._withdraw(beat.worker, seen.ready - names)
         self._workers[beat.worker] = _Seen(beat, now, names, able)
@@ -173,8 +174,8 @@ class Fleet:
 
     def failure(self, model: str) -> str:
         """Why a worker cannot serve it; empty: none says so."""
-        states = (state.detail for state in self._states(model) if state.state == "failed")
-        return next(states, "")
+        states = [state.detail for state in self._states(model) if state.state == "failed"]
+        return next(iter([*states, *self._missing(model)]), "")
 
     def served(self) -> list[str]:
         """Names of the models that at least one worker serves now."""
@@ -197,7 +198,7 @@ class Fleet:
         """One model, if it is known."""
         live = self._states(name)
         able = self.loadable(name)
-        if not live and able is None and name not in self._remembered:
+        if not (live or able or name in self._remembered or self._missing(name)):
             return None
         return self._view(name, live, able)
 
@@ -207,6 +208,15 @@ class Fleet:
             for seen in self._workers.values()
             for state in seen.beat.models
             if state.name == model
+        ]
+
+    def _missing(self, model: str) -> list[str]:
+        """Why workers could not carry it together, as they say."""
+        return [
+            part.missing
+            for seen in self._workers.values()
+            for part in seen.beat.parts
+            if part.missing and model in (part.name, *part.aliases)
         ]
 
     def _view(self, name: str, live: list[ModelState], able: LoadableModel | None) -> ModelView:
@@ -259,10 +269,31 @@ class Fleet:
         while len(self._remembered) > REMEMBERED:
             self._remembered.popitem(last=False)
 
-    def _learn(self, able: tuple[LoadableModel, ...]) -> dict[str, LoadableModel]:
-        named = {name: model for model in able for name in (model.name, *model.aliases)}
+    def _learn(self, beat: Beat) -> dict[str, LoadableModel]:
+        """What could be loaded there, or together with others, by all its names."""
+        named: dict[str, LoadableModel] = {}
+        for part in beat.parts:
+            for name in (part.name, *part.aliases):
+                self._own_names[name] = part.name
+                if not part.missing:
+                    named[name] = _carried(part)
+        named |= {name: model for model in beat.able for name in (model.name, *model.aliases)}
         for name, model in named.items():
             self._own_names[name] = model.name
         while len(self._own_names) > MOST_NAMES:
             del self._own_names[next(iter(self._own_names))]
         return named
+
+
+def _carried(part: SplitModel) -> LoadableModel:
+    """A model that several workers can carry, as one that could be loaded."""
+    return LoadableModel(
+        name=part.name,
+        memory=0,
+        context=part.context,
+        slots=part.slots,
+        size=part.size,
+        created=part.created,
+        embeddings=False,
+        aliases=part.aliases,
+    )

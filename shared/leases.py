@@ -12,7 +12,7 @@ long after; two workers may then serve the model for a moment, which harms nobod
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -20,6 +20,7 @@ import structlog
 
 from shared import subjects
 from shared.bus import BusUnavailable
+from shared.groups import Group
 from shared.kv import LEASE_SECONDS, ROLES, Entry, Kv
 
 __all__ = (
@@ -52,6 +53,8 @@ class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
     """Unix time of this renewal."""
     state: str = "loading"
     """`loading` or `ready`."""
+    group: Group | None = None
+    """Where several workers carry the replica: who, and what. The lease is the head's."""
 
 
 class LeaseKey(NamedTuple):
@@ -137,6 +140,7 @@ class LeaseTable:
 class _Held(msgspec.Struct):
     since: float
     state: str
+    group: Group | None = None
     revision: int = 0
     sent: tuple[float, float] = (0.0, 0.0)
     """The last write: its `renewed`, and the monotonic time before it."""
@@ -191,13 +195,25 @@ class Leases:
         """Those that are ours."""
         return frozenset(self._held)
 
+    def groups(self) -> Mapping[str, Group]:
+        """Of all live leases of all workers, those that several carry; by their models."""
+        live = self.table.live(self._clock())
+        return {key.model: lease.group for key, lease in live if lease.group is not None}
+
     def sure(self, key: LeaseKey) -> bool:
         """Whether nobody else can hold it at this moment."""
         held = self._held.get(key)
         return held is not None and self._clock() - held.written < LEASE_SECONDS
 
-    async def claim(self, key: LeaseKey, *, state: str = "loading") -> bool:
+    async def claim(
+        self, key: LeaseKey, *, state: str = "loading", group: Group | None = None
+    ) -> bool:
         """Try to get a lease; whether it is ours. Takes `CONFIRM_SECONDS` at most.
+
+        Args:
+            key: which.
+            state: how far the model has come.
+            group: of a replica that several workers carry.
 
         Raises:
             BusUnavailable: NATS is away.
@@ -208,7 +224,7 @@ class Leases:
         if key in self._claimed or self.table.holder(key, now) is not None:
             return False
         claim = self._claimed[key] = _Claim(
-            _Held(self._wall(), state), asyncio.get_running_loop().create_future()
+            _Held(self._wall(), state, group), asyncio.get_running_loop().create_future()
         )
         try:
             await self._tell(key, claim.held, self.table.expected(key, now))
@@ -256,7 +272,7 @@ class Leases:
 
     async def _tell(self, key: LeaseKey, held: _Held, revision: int) -> None:
         held.sent = (self._wall(), self._clock())
-        lease = Lease(self._worker, held.since, held.sent[0], held.state)
+        lease = Lease(self._worker, held.since, held.sent[0], held.state, held.group)
         await self._kv.tell(ROLES, key.key, _encoder.encode(lease), revision)
 
     def _hear(self, entry: Entry) -> None:

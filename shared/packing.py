@@ -51,7 +51,7 @@ class Room:
         self.able = worker.able
         self.place = place(worker.name)
         self.models = {holding.model for holding in worker.holds}
-        self.free = worker.memory
+        self.free = worker.memory - sum(stage.taken for stage in worker.stages)
         """Bytes free now."""
         self.soon = 0
         """Bytes more that are free once what drains is gone."""

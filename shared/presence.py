@@ -11,6 +11,7 @@ import msgspec
 
 from shared.bounds import Count
 from shared.decoding import decoded
+from shared.groups import SplitModel, StageState
 
 __all__ = (
     "Beat",
@@ -112,6 +113,12 @@ class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
     memory_used: int = 0
     able: tuple[LoadableModel, ...] = ()
     """Sorted by name."""
+    parts: tuple[SplitModel, ...] = ()
+    """Models of which it could carry a part only; sorted by name."""
+    stages: tuple[StageState, ...] = ()
+    """What it carries of models that several workers share."""
+    hop: float = 0.0
+    """Seconds to its NATS server and back."""
     memory_budget: int = 0
     """Bytes that the worker may use for all its models together; 0: not known yet."""
     changes: tuple[RoleChange, ...] = ()

@@ -31,6 +31,10 @@ def view_of(beat: Beat, costs: Mapping[str, int]) -> WorkerView:
             for model in beat.models
             if model.state != "failed" and not model.alias_of
         ),
+        parts=beat.parts,
+        stages=beat.stages,
+        hop=beat.hop,
+        started=beat.started,
         open=beat.state not in ("draining", "gone"),
     )
 

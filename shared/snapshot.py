@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from shared.demand import Demand
+from shared.groups import SplitModel, StageState
 
 __all__ = ("DEFAULT_SLOTS", "Holding", "LeaseView", "ModelSettings", "Snapshot", "WorkerView")
 
@@ -56,6 +57,14 @@ class WorkerView(msgspec.Struct, frozen=True, omit_defaults=True):
     """Bytes of each model that it could load. One that has just failed there is left out for a
     while, by the worker itself. Workers that are alike may share one mapping."""
     holds: tuple[Holding, ...] = ()
+    parts: tuple[SplitModel, ...] = ()
+    """Models of which it could carry a part only."""
+    stages: tuple[StageState, ...] = ()
+    """What it carries of models that several workers share."""
+    hop: float = 0.0
+    """Seconds to its NATS server and back."""
+    started: float = 0.0
+    """Unix time, by its own clock, at which its process began: tells its lives apart."""
     open: bool = True
     """Whether it takes roles; not while it shuts down. What it holds then counts no more."""
 

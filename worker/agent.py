@@ -8,6 +8,7 @@ to stop, NATS is gone for good, or none of the models that it was told to serve 
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
@@ -40,6 +41,10 @@ __all__ = ("Agent", "AgentFailed", "AgentSettings")
 
 BODIES_BYTES = 64 * 1024 * 1024
 """Announced bytes of all bodies being joined at once."""
+
+HOP_SECONDS = 5.0
+HOPS = 6
+"""Measurements of the way to NATS of which the shortest counts."""
 
 _log = structlog.get_logger()
 
@@ -161,6 +166,7 @@ class Agent:
                 around,
                 group,
                 memory=memory,
+                nats=self._settings.url,
                 on_failed=self._on_failed,
             )
             beats, roles = await self._join(bus, roster, memory)
@@ -172,10 +178,12 @@ class Agent:
                     ("bodies", self._expire(bodies)),
                     ("echoes", _echo(bus, echoes)),
                     ("hearers", hearers.run()),
-                    ("survey", roster.survey()),
+                    ("stages", roster.stages.run()),
+                    ("hop", _measure_hop(bus, beats)),
                     ("closed", self._watch(bus)),
                 )
             ]
+            await roster.survey()
             roster.start_pinned()
             taking = group.create_task(roles.run(), name="roles")
             await self._over.wait()
@@ -190,11 +198,12 @@ class Agent:
         leases = Leases(
             Kv(bus),
             bus.identity,
-            on_change=self._poke_roles,
+            on_change=self._on_leases,
             on_lost=lambda key, holder: roles.lost(key, holder),
             clock=time.monotonic,
             wall=time.time,
         )
+        roster.follow(leases.groups)
         outlook = Outlook(bus.identity, leases.table, on_demand=self._poke_roles)
         beats = Beats(bus, roster, self._rejects, memory=memory, pause=lambda: outlook.pause)
         roles = Roles(
@@ -216,6 +225,11 @@ class Agent:
             self._beats.hurry()
         self._poke_roles()
 
+    def _on_leases(self) -> None:
+        if self._roster is not None:
+            self._roster.stages.poke()
+        self._poke_roles()
+
     def _poke_roles(self) -> None:
         if self._roles is not None:
             self._roles.poke()
@@ -225,7 +239,7 @@ class Agent:
         if roster is not None and not roster.is_pinned(model):
             if self._roles is not None:
                 self._roles.failed(model, reason)
-        elif all(serving.failure for serving in self._servings):
+        elif all(serving.failure for serving in self._servings) and not (roster and roster.parts):
             reasons = "; ".join(f"{other.name}: {other.failure}" for other in self._servings)
             self._end(f"no model can be served: {reasons}")
 
@@ -265,7 +279,7 @@ class Agent:
     async def _idle_or_cut(self) -> None:
         cut = asyncio.create_task(self._cut.wait(), name="second stop")
         try:
-            while not cut.done() and any(serving.busy for serving in self._servings):
+            while not cut.done() and self._needed:
                 self._released.clear()
                 released = asyncio.create_task(self._released.wait(), name="released")
                 try:
@@ -274,6 +288,12 @@ class Agent:
                     released.cancel()
         finally:
             cut.cancel()
+
+    @property
+    def _needed(self) -> bool:
+        """Whether there are answers under way here, or in groups of which it carries a part."""
+        carries = self._roster is not None and self._roster.stages.needed
+        return carries or any(serving.busy for serving in self._servings)
 
     async def _expire(self, bodies: Bodies) -> None:
         while True:
@@ -353,6 +373,20 @@ async def _echo(bus: Bus, echoes: asyncio.Queue[BusMessage]) -> None:
             await bus.publish(message.reply, message.data)
         except (BusUnavailable, ValueError) as error:
             _log.debug("ping.unanswered", reason=str(error))
+
+
+async def _measure_hop(bus: Bus, beats: Beats) -> None:
+    """Keep the way to NATS and back: the shortest of late, for a busy moment only adds to it."""
+    last: deque[float] = deque(maxlen=HOPS)
+    while True:
+        began = time.perf_counter()
+        try:
+            await bus.barrier()
+            last.append(time.perf_counter() - began)
+            beats.hop = round(min(last), 6)
+        except BusUnavailable as error:
+            _log.debug("hop.unmeasured", reason=str(error))
+        await asyncio.sleep(HOP_SECONDS)
 
 
 def _free_memory() -> int:

@@ -51,6 +51,8 @@ class Beats:
         self.changes: deque[RoleChange] = deque(maxlen=CHANGES)
         """The last role changes, the oldest first."""
         self.draining = False
+        self.hop = 0.0
+        """Seconds to NATS and back."""
         self.losses = 0
         """How often the connection to NATS was lost."""
         self._bus = bus
@@ -92,6 +94,9 @@ class Beats:
             memory_total=memory.total,
             memory_used=memory.used,
             able=self._roster.able,
+            parts=self._roster.parts,
+            stages=self._roster.stage_states(),
+            hop=self.hop,
             memory_budget=self._memory,
             changes=tuple(self.changes),
             dropped=self._rejects.total,
@@ -127,4 +132,6 @@ class Beats:
 def _news(beat: Beat) -> str:
     """What other workers want to know at once."""
     models = ",".join(f"{model.name}={model.state}" for model in beat.models)
-    return f"{beat.state} {models} {len(beat.able)}"
+    parts = ",".join(f"{part.name}={part.missing}" for part in beat.parts)
+    stages = ",".join(f"{stage.group}={stage.state}" for stage in beat.stages)
+    return f"{beat.state} {models} {len(beat.able)} {parts} {stages}"

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import uvloop
 from cyclopts import App, Parameter
@@ -66,6 +66,7 @@ def serve(
     gpu_layers: Annotated[int | None, Parameter(validator=Number(gte=-1))] = None,
     speculation: Speculation = "auto",
     prefix_memory: str = "512MiB",
+    activations: Literal["f32", "f16"] = "f32",
     queue: _NotNegative = 64,
     grace: Annotated[float, Parameter(validator=Number(gte=0))] = 30.0,
     idle_after: Annotated[float, Parameter(validator=Number(gt=0))] = DEFAULT_TIMING.idle_after,
@@ -104,6 +105,9 @@ def serve(
     speculation
         Drafting tokens ahead: auto with a draft model, where there is one, and n-gram lookup;
         ngram with lookup alone; off.
+    activations
+        How the activations of a model that several workers carry travel between them, where this
+        one is the head. f16 halves the traffic; answers are then not to the letter one host's.
     queue
         Requests that may wait per model when all slots are taken.
     grace
@@ -132,6 +136,7 @@ def serve(
             gpu_layers=_gpu_layers(gpu_layers),
             speculation=speculation,
             prefix_memory=0 if prefix_memory == "0" else _size(prefix_memory, "--prefix-memory"),
+            half=activations == "f16",
             cache=cache,
             command=tuple(shlex.split(engine_command)) or ENGINE_COMMAND,
         ),

@@ -26,8 +26,11 @@ from worker.link import (
     EngineConfig,
     Failed,
     FromEngine,
+    Join,
     Loading,
     Ready,
+    RingOver,
+    RingPlace,
     Step,
     Stop,
     Submit,
@@ -92,7 +95,10 @@ class EngineEvents(Protocol):
         """The engine did a step."""
 
     def on_lost(self, reason: str) -> None:
-        """The process is gone and with it all it held; it will be started again."""
+        """The process is gone and with it all it held; it will be started again.
+
+        Or a stage's ring is over: the process is there, and may `join` another.
+        """
 
 
 class EngineGaveUp(Exception):
@@ -156,11 +162,26 @@ class EngineProcess:
         if self.ready:
             self._send(CancelAttempts(attempts))
 
+    def kill(self) -> None:
+        """End the process at once: it may wait for what will never come."""
+        if self.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def join(self, place: RingPlace) -> bool:
+        """Have a stage take part in another ring; False: its process is not there."""
+        if self._link is None or not self._was_ready:
+            return False
+        self._ready_at = None
+        self._send(Join(place))
+        return True
+
     async def run(self) -> None:
-        """Keep an engine running.
+        """Keep an engine running; that of a ring has one life, for its end is the ring's.
 
         Raises:
-            EngineGaveUp: the engine said that it cannot serve the model, or died at each start.
+            EngineGaveUp: the engine said that it cannot serve the model, or died at each start, or
+                was part of a ring.
         """
         deaths = 0
         while True:
@@ -170,12 +191,14 @@ class EngineProcess:
             deaths += 1
             if not self._was_ready and (refused or deaths >= START_ATTEMPTS):
                 raise EngineGaveUp(reason)
+            if self.config.ring is not None:
+                raise EngineGaveUp(reason)
             self.restarts += 1
             wait = self._backoff.next(healthy)
             self._log.error("engine.died", reason=reason, restart_in=round(wait, 2))
             await asyncio.sleep(wait)
 
-    def _send(self, message: Submit | CancelAttempts) -> None:
+    def _send(self, message: Submit | CancelAttempts | Join) -> None:
         if self._link is None:
             raise RuntimeError("the engine is not running")
         self._link.send(message)
@@ -254,6 +277,9 @@ class EngineProcess:
             self._ready_at = time.monotonic()
             self._was_ready = True
             self._events.on_ready(message)
+        elif isinstance(message, RingOver):
+            self._ready_at = None
+            self._events.on_lost(message.reason)
         else:
             self._log.debug("engine.refused", reason=message.message)
 
@@ -289,7 +315,7 @@ class _Link(asyncio.Protocol):
         self._buffer = bytearray()
         self._transport: asyncio.Transport | None = None
 
-    def send(self, message: EngineConfig | Submit | CancelAttempts | Stop) -> None:
+    def send(self, message: EngineConfig | Submit | CancelAttempts | Join | Stop) -> None:
         # A dead peer shows as connection_lost, which tells of everything that was sent in vain.
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(pack(message))

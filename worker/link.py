@@ -17,9 +17,11 @@ __all__ = (
     "EngineStats",
     "Failed",
     "FromEngine",
+    "Join",
     "Loading",
     "Mail",
     "Ready",
+    "RingOver",
     "RingPlace",
     "Step",
     "Stop",
@@ -47,7 +49,7 @@ class RingPlace(msgspec.Struct, frozen=True):
     """URL of the server with the ring user's name and password: a secret."""
     identity: str
     """That user."""
-    half: bool = True
+    half: bool = False
     """Send activations with 16 bits a number, not 32."""
     timeout: float = 10.0
     """Seconds after which a stage that does not answer is lost."""
@@ -112,11 +114,17 @@ class CancelAttempts(msgspec.Struct, frozen=True, array_like=True, tag="c"):
     attempts: tuple[int, ...]
 
 
+class Join(msgspec.Struct, frozen=True, array_like=True, tag="j"):
+    """To a stage whose ring is over, or is to be: take part in another one, with empty caches."""
+
+    place: RingPlace
+
+
 class Stop(msgspec.Struct, frozen=True, array_like=True, tag="x"):
     """End the process; what runs is abandoned (the agent drains before)."""
 
 
-ToEngine = EngineConfig | Submit | CancelAttempts | Stop
+ToEngine = EngineConfig | Submit | CancelAttempts | Join | Stop
 
 
 class Loading(msgspec.Struct, frozen=True, array_like=True, tag="l"):
@@ -183,14 +191,20 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="f"):
     message: str
 
 
-FromEngine = Loading | Ready | Step | Failed
+class RingOver(msgspec.Struct, frozen=True, array_like=True, tag="o"):
+    """A stage's ring is over; the stage stays loaded, and waits for `Join` or `Stop`."""
 
-_to_engine: msgspec.msgpack.Decoder[Submit | CancelAttempts | Stop] = msgspec.msgpack.Decoder(
-    Submit | CancelAttempts | Stop
+    reason: str
+
+
+FromEngine = Loading | Ready | Step | RingOver | Failed
+
+_to_engine: msgspec.msgpack.Decoder[Submit | CancelAttempts | Join | Stop] = (
+    msgspec.msgpack.Decoder(Submit | CancelAttempts | Join | Stop)
 )
 _config = msgspec.msgpack.Decoder(EngineConfig)
 _from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(
-    Loading | Ready | Step | Failed
+    Loading | Ready | Step | RingOver | Failed
 )
 _encoder = msgspec.msgpack.Encoder()
 
@@ -206,7 +220,7 @@ def decode_config(data: bytes) -> EngineConfig:
     return _config.decode(data)
 
 
-def decode_to_engine(data: bytes) -> Submit | CancelAttempts | Stop:
+def decode_to_engine(data: bytes) -> Submit | CancelAttempts | Join | Stop:
     """Decode one message from the agent, without its length; raises msgspec.DecodeError."""
     return _to_engine.decode(data)
 

@@ -1,5 +1,7 @@
 """What this worker could load: the models of its catalog whose files are at hand and fit.
 
+Of a model that is too large for it alone it could carry a part, if others carry the rest.
+
 Told in every beat, so that each worker and router knows what the fleet could serve, and the memory
 that it would take. Nothing is downloaded for it, and llama.cpp is not asked: a header is read for
 each file, so that what is told is an estimate of the kind that the loading itself starts from.
@@ -7,17 +9,21 @@ each file, so that what is told is an estimate of the kind that the loading itse
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 
+from shared.planning import SPLITTABLE
 from shared.presence import LoadableModel
 from worker.catalog import ModelSource
 from worker.drafts import find_draft, read_candidates
+from worker.gguf_file import read_files
 from worker.gguf_header import GgufError, Header, read_header
 from worker.hub import HubSource, at_hand
 from worker.preparing import ServingSettings, need
+from worker.split_source import SplitSource, split_source
 
-__all__ = ("survey",)
+__all__ = ("Survey", "survey")
 
 PREFIX_SHARE = 4
 """Of a model's bytes, one part in so many is set aside for prefixes at most: they are a help, and a
@@ -26,15 +32,23 @@ small model should not keep others out with them."""
 _log = structlog.get_logger()
 
 
-def survey(
-    sources: Sequence[ModelSource], settings: ServingSettings, memory: int
-) -> tuple[LoadableModel, ...]:
-    """List the models that could be loaded into `memory` bytes, each alone; by name. Blocks.
+class Survey(NamedTuple):
+    """What could be loaded, by name."""
+
+    whole: tuple[LoadableModel, ...]
+    split: tuple[SplitSource, ...]
+    """Those of which only a part could."""
+
+
+def survey(sources: Sequence[ModelSource], settings: ServingSettings, memory: int) -> Survey:
+    """List the models that could be loaded into `memory` bytes, each alone. Blocks.
 
     A model that wants more than there is, is told with all of `memory`, as long as the least that
-    it needs is there. One whose file is broken or too large is left out and logged.
+    it needs is there. One whose file is broken is left out and logged; so is one that is too large
+    and cannot be split.
     """
     found: list[LoadableModel] = []
+    split: list[SplitSource] = []
     for source in sources:
         path = _path(source.file, settings.cache)
         if path is None:
@@ -45,6 +59,14 @@ def survey(
             _log.warning("model.not_loadable", model=source.name, reason=str(error))
             continue
         wanted = need(source, settings, header, _draft(source, settings, header))
+        if wanted.least > memory and header.architecture in SPLITTABLE and header.block_count > 1:
+            try:
+                split.append(
+                    split_source(source, path, header, read_files(path), wanted, half=settings.half)
+                )
+            except GgufError as error:
+                _log.warning("model.not_loadable", model=source.name, reason=str(error))
+            continue
         if wanted.least > memory:
             _log.warning(
                 "model.not_loadable",
@@ -66,7 +88,10 @@ def survey(
                 aliases=source.options.aliases,
             )
         )
-    return tuple(sorted(found, key=lambda model: model.name))
+    return Survey(
+        tuple(sorted(found, key=lambda model: model.name)),
+        tuple(sorted(split, key=lambda one: one.source.name)),
+    )
 
 
 def _draft(source: ModelSource, settings: ServingSettings, target: Header) -> Header | None:

@@ -6,7 +6,7 @@ connection was away, listens for a while before it believes that it sees everyth
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import structlog
@@ -19,7 +19,7 @@ from shared.leases import RENEW_SECONDS, LeaseTable
 from shared.presence import Beat, LoadableModel, decode_beat
 from shared.settings import SettingsView
 from shared.sighting import costs_of, slots_of, view_of
-from shared.snapshot import LeaseView, Snapshot
+from shared.snapshot import LeaseView, ModelSettings, Snapshot
 
 __all__ = ("LEAST_PAUSE", "Outlook")
 
@@ -126,7 +126,21 @@ class Outlook:
                 )
                 for key, lease in self._leases.live(now)
             ),
-            settings=self.settings.settings,
+            settings=_with_wishes(self.settings.settings, beats),
             demand=self._demand.total(wall),
             slots=slots_of(beats),
         )
+
+
+def _with_wishes(
+    settings: Mapping[str, ModelSettings], beats: Sequence[Beat]
+) -> Mapping[str, ModelSettings]:
+    """The operators' settings, and once each model that they named and no single worker holds."""
+    named = sorted({part.name for beat in beats for part in beat.parts if part.pinned})
+    if not named:
+        return settings
+    wished = dict(settings)
+    for model in named:
+        told = settings.get(model) or ModelSettings(model)
+        wished[model] = msgspec.structs.replace(told, minimum=max(1, told.minimum))
+    return wished

@@ -48,6 +48,8 @@ class ServingSettings(msgspec.Struct, frozen=True):
     speculation: Speculation = "auto"
     prefix_memory: int = 512 << 20
     """Bytes per model for the KV of retired sequences whose slots were needed; 0: none."""
+    half: bool = False
+    """Whether activations of models that several workers carry travel with 16 bits a number."""
     cache: Path | None = None
     """Folder for downloads; None: huggingface_hub's own."""
     command: Sequence[str] = ENGINE_COMMAND

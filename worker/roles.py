@@ -7,19 +7,24 @@ can fail a request: when NATS or JetStream is away, all goes on as it is.
 """
 
 import asyncio
+import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import structlog
 
+from shared import grouping
 from shared.bus import BusUnavailable
+from shared.groups import Group
 from shared.leases import RENEW_SECONDS, LeaseKey, Leases
-from shared.placement import Action, decide
+from shared.model_shape import ModelShape
+from shared.placement import Action, Decision, decide
 from shared.presence import Beat, RoleChange
 from shared.replicas import DEFAULT_TIMING, Timing
+from shared.snapshot import Snapshot
 from worker.outlook import Outlook
 
 __all__ = ("Host", "Roles")
@@ -32,6 +37,9 @@ SHARE = 0.05
 
 GATHER = 0.05
 """Seconds between two decisions at least, however much happens."""
+
+KEEP_SECONDS = 30.0
+"""How long the parts of a group that is over are kept for another with the same cuts."""
 
 _log = structlog.get_logger()
 
@@ -47,6 +55,37 @@ class Host(Protocol):
 
     def is_pinned(self, model: str) -> bool:
         """Whether it is served whatever is decided."""
+
+    @property
+    def shapes(self) -> Mapping[str, ModelShape]:
+        """Of the models that are too large for it alone."""
+
+    def start_group(self, model: str, group: Group) -> bool:
+        """Start a role as the head of a group; False if it cannot be."""
+
+    async def end(self, model: str, reason: str) -> None:
+        """End a role at once, with what runs."""
+
+    def note_missing(self, model: str, why: str) -> None:
+        """Tell why a model cannot be carried by those in sight; empty: it can."""
+
+
+class _Led(NamedTuple):
+    """A group whose head this worker is."""
+
+    key: LeaseKey
+    group: Group
+    since: float
+    """By a monotonic clock."""
+    known: Mapping[str, float]
+    """Who has told of a part, and when its process began."""
+
+
+class _View(NamedTuple):
+    """What is known, and what is to be done about it."""
+
+    snapshot: Snapshot
+    decision: Decision
 
 
 class Roles:
@@ -87,6 +126,8 @@ class Roles:
         self._news = asyncio.Event()
         self._renew = asyncio.Event()
         self._leaving: set[str] = set()
+        self._led: dict[str, _Led] = {}
+        self._last: dict[str, tuple[Group, float]] = {}
         self._lost: list[tuple[LeaseKey, str]] = []
 
     def poke(self) -> None:
@@ -116,12 +157,16 @@ class Roles:
             while True:
                 self._let_lost_go(group)
                 started = time.monotonic()
-                actions = self._decide()
+                view = self._decide()
                 # Not what follows: a claim that is not answered waits, and decides nothing.
                 took = time.monotonic() - started
-                for action in actions:
+                for action in view.decision.of(self._worker) if view else ():
                     await self._act(action, group)
+                if view:
+                    await self._watch_groups(view.snapshot, group)
                 await self._give_back()
+                if view:
+                    await self._form(view)
                 await self._pause(max(GATHER, took / SHARE))
 
     async def release_all(self) -> None:
@@ -129,21 +174,82 @@ class Roles:
         for key in self._leases.held:
             await self._leases.release(key)
 
-    def _decide(self) -> tuple[Action, ...]:
+    def _decide(self) -> _View | None:
         if not self._outlook.complete:
-            return ()
+            return None
         own = self._presence()
         for model in own.models:
             ready = model.state == "ready"
             if self._leases.mark(model.name, "ready" if ready else "loading"):
                 self._renew.set()
         try:
-            decision = decide(self._outlook.snapshot(own), self._wall(), self._timing)
+            snapshot = self._outlook.snapshot(own)
+            return _View(snapshot, decide(snapshot, self._wall(), self._timing))
         except Exception:
             # What others have told must not end a worker that serves.
             _log.exception("roles.undecided")
-            return ()
-        return decision.of(self._worker)
+            return None
+
+    async def _form(self, view: _View) -> None:
+        """Claim a group for a model that nobody holds alone, if this worker is to be its head."""
+        shapes = self._host.shapes
+        if not shapes:
+            return
+        for part in self._presence().parts:
+            why = grouping.missing(view.snapshot, part, shapes[part.name])
+            self._host.note_missing(part.name, why)
+        proposal = grouping.propose(
+            view.snapshot,
+            view.decision.wants,
+            shapes,
+            worker=self._worker,
+            identity=secrets.token_hex(8),
+            last=self._groups_of_late(),
+        )
+        if proposal is None or proposal.model in self._led:
+            return
+        key = LeaseKey(proposal.model, proposal.replica)
+        try:
+            if not await self._leases.claim(key, group=proposal.group):
+                return
+        except BusUnavailable as error:
+            _log.debug("role.unclaimed", model=proposal.model, reason=str(error))
+            return
+        if self._host.start_group(proposal.model, proposal.group):
+            self._led[proposal.model] = _Led(key, proposal.group, time.monotonic(), {})
+            others = ", ".join(proposal.group.workers[:-1])
+            reason = f"{proposal.reason}; with {others}" if others else proposal.reason
+            self._note(proposal.model, "promote", reason)
+        else:
+            await self._leases.release(key)
+
+    def _groups_of_late(self) -> Mapping[str, Group]:
+        """By model, those that live, and those that did a moment ago."""
+        now = time.monotonic()
+        self._last |= {model: (group, now) for model, group in self._leases.groups().items()}
+        self._last = {
+            model: (group, seen)
+            for model, (group, seen) in self._last.items()
+            if now - seen < KEEP_SECONDS
+        }
+        return {model: group for model, (group, _) in self._last.items()}
+
+    async def _watch_groups(self, snapshot: Snapshot, group: asyncio.TaskGroup) -> None:
+        """End the groups that have lost a part, and let go of those of which one is leaving."""
+        here = {model.name for model in self._presence().models}
+        for model, led in list(self._led.items()):
+            if led.key not in self._leases.held or model not in here:
+                del self._led[model]
+                continue
+            age = time.monotonic() - led.since
+            why, whole = grouping.ending(led.group, snapshot, age, led.known)
+            known = {**grouping.joined(led.group, snapshot), **led.known}
+            self._led[model] = led._replace(known=known)
+            if why and whole:
+                self._begin_leaving(model, "demote", why, group)
+            elif why:
+                self._note(model, "fail", why)
+                await self._host.end(model, why)
 
     async def _act(self, action: Action, group: asyncio.TaskGroup) -> None:
         if action.kind == "demote":

@@ -2,28 +2,38 @@
 
 A pinned model is listed for as long as the worker lives, also when it has failed. A role is started
 when the worker has claimed it, and drained before it goes; one that fails goes at once, and is not
-offered again for some time.
+offered again for some time. A model that is too large for this worker is started as the head of a
+group, when the worker has claimed that; pinned or not, it goes when the group is over.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import msgspec
 import structlog
 
+from shared.groups import Group, SplitModel, StageState
+from shared.model_shape import ModelShape
 from shared.presence import LoadableModel, ModelState
 from worker.catalog import ModelSource
 from worker.loadable import survey
 from worker.memory_budget import MemoryBudget
-from worker.preparing import ServingSettings
+from worker.part import prepare_part
+from worker.preparing import Prepared, ServingSettings
 from worker.serving import Serving, Surroundings
+from worker.split_source import SplitSource
+from worker.stages import Stages
 
 __all__ = ("FAILED_SECONDS", "Roster")
 
 FAILED_SECONDS = 300.0
 """How long a model that failed is not offered as a role."""
+
+REST_SECONDS = 2.0
+"""How long a model is not tried again as a group that never came about; doubled each time."""
+MOST_REST_SECONDS = 60.0
 
 _log = structlog.get_logger()
 
@@ -40,6 +50,7 @@ class Roster:
         group: asyncio.TaskGroup,
         *,
         memory: int,
+        nats: str,
         on_failed: Callable[[str, str], None],
     ) -> None:
         """Make it, with nothing started.
@@ -51,6 +62,7 @@ class Roster:
             around: what they share; its budget is for the pinned ones.
             group: runs them.
             memory: bytes for all of them together.
+            nats: this worker's URL of the server.
             on_failed: told the name of a model that cannot be served, and why.
         """
         self._pinned = tuple(pinned)
@@ -59,11 +71,27 @@ class Roster:
         self._around = around
         self._group = group
         self._memory = memory
+        self._nats = nats
         self._on_failed = on_failed
         self._servings: dict[str, Serving] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._loadable: tuple[LoadableModel, ...] = ()
+        self._split: dict[str, SplitSource] = {}
+        self._missing: dict[str, str] = {}
         self._failed: dict[str, float] = {}
+        self._failures: dict[str, str] = {}
+        self._in_vain: dict[str, int] = {}
+        self._groups: Callable[[], Mapping[str, Group]] = dict
+        self.stages = Stages(
+            around.bus.identity,
+            nats,
+            settings,
+            groups=lambda: self._groups(),
+            source=self._split.get,
+            free=self._free,
+            stopping=around.stopping,
+            on_change=self._on_stage,
+        )
 
     def __iter__(self) -> Iterator[Serving]:
         return iter(tuple(self._servings.values()))
@@ -73,8 +101,8 @@ class Roster:
         return self._servings.get(model)
 
     def is_pinned(self, model: str) -> bool:
-        """Whether the operator named it."""
-        return any(source.name == model for source in self._pinned)
+        """Whether the operator named it, and this worker holds it alone."""
+        return model not in self._split and any(s.name == model for s in self._pinned)
 
     @property
     def tasks(self) -> tuple[asyncio.Task[None], ...]:
@@ -84,24 +112,106 @@ class Roster:
     @property
     def able(self) -> tuple[LoadableModel, ...]:
         """What could be loaded, or is; without what has just failed."""
-        now = time.monotonic()
-        self._failed = {name: until for name, until in self._failed.items() if until > now}
-        return tuple(model for model in self._loadable if model.name not in self._failed)
+        resting = self._resting()
+        return tuple(model for model in self._loadable if model.name not in resting)
+
+    @property
+    def parts(self) -> tuple[SplitModel, ...]:
+        """Of what it could carry a part."""
+        pinned = {source.name for source in self._pinned}
+        resting = self._resting()
+        return tuple(
+            split.told(
+                pinned=name in pinned,
+                missing=(self._failures if name in resting else self._missing).get(name, ""),
+            )
+            for name, split in self._split.items()
+        )
+
+    @property
+    def shapes(self) -> Mapping[str, ModelShape]:
+        """Of the models that it could carry a part of."""
+        return {name: split.shape for name, split in self._split.items()}
 
     def states(self) -> tuple[ModelState, ...]:
         """All models as beats tell of them."""
         return tuple(state for serving in self for state in serving.states())
 
+    def stage_states(self) -> tuple[StageState, ...]:
+        """Its parts of models that several workers share, as beats tell of them."""
+        heads = tuple(
+            StageState(group.id, model, group.head.start, group.head.stop, 0, serving.state)
+            for model, group in self._groups().items()
+            if group.head.worker == self._around.bus.identity
+            and (serving := self._servings.get(model)) is not None
+        )
+        return (*self.stages.states(), *heads)
+
+    def note_missing(self, model: str, why: str) -> None:
+        """Tell others why a model cannot be carried; empty: it can."""
+        if self._missing.get(model, "") != why:
+            self._missing[model] = why
+            self._around.on_change()
+
+    def follow(self, groups: Callable[[], Mapping[str, Group]]) -> None:
+        """Say where the groups of live leases, by their models, are to be had."""
+        self._groups = groups
+
     async def survey(self) -> None:
         """Find out what could be loaded: in a thread, for there may be hundreds of files."""
         sources = (*self._pinned, *self._roles.values())
-        self._loadable = await asyncio.to_thread(survey, sources, self._settings, self._memory)
+        found = await asyncio.to_thread(survey, sources, self._settings, self._memory)
+        self._loadable = found.whole
+        self._split.update({split.source.name: split for split in found.split})
         self._around.on_change()
 
     def start_pinned(self) -> None:
-        """Start the models that the operator named; they share the memory."""
+        """Start the models that the operator named; they share the memory.
+
+        Those that `survey` has found too large for it wait for a group.
+        """
         for source in self._pinned:
-            self._start(Serving(source, self._settings, self._around, pinned=True))
+            if source.name in self._split:
+                self._around.budget.waive()
+            else:
+                self._start(Serving(source, self._settings, self._around, pinned=True))
+
+    def start_group(self, model: str, group: Group) -> bool:
+        """Start as the head of a group; whether there is such a model, and room for its part."""
+        split = self._split.get(model)
+        memory = group.head.memory
+        if split is None or model in self._servings or memory > self._free():
+            return False
+
+        self.stages.drop_kept()
+
+        async def preparing(tell: Callable[[str], None]) -> Prepared:
+            config = await prepare_part(
+                split,
+                self._settings,
+                group,
+                worker=self._around.bus.identity,
+                nats=self._nats,
+                stopping=self._around.stopping,
+                tell=tell,
+            )
+            return Prepared(config, split.header, memory)
+
+        self._start(
+            Serving(split.source, self._settings, self._around, memory=memory, preparing=preparing)
+        )
+        return True
+
+    async def end(self, model: str, reason: str) -> None:
+        """Give up a model whose group is at its end: its answers may go on elsewhere."""
+        serving, task = self._servings.get(model), self._tasks.get(model)
+        if serving is None or task is None:
+            return
+        serving.abandon(f"worker {self._around.bus.identity}: {reason}")
+        # Else it would have some seconds to hear of it, while it waits for a stage that is gone.
+        serving.kill()
+        task.cancel()
+        await asyncio.wait({task})
 
     def start(self, model: str) -> bool:
         """Start a role; whether there is such a model, not started yet, and room for it."""
@@ -109,6 +219,7 @@ class Roster:
         cost = next((known.memory for known in self.able if known.name == model), None)
         if source is None or cost is None or model in self._servings or cost > self._free():
             return False
+        self.stages.drop_kept()
         around = msgspec.structs.replace(self._around, budget=MemoryBudget(cost, 1))
         self._start(Serving(source, self._settings, around, memory=cost))
         return True
@@ -127,15 +238,33 @@ class Roster:
             await asyncio.wait({task})
         self._around.on_change()
 
+    def _resting(self) -> set[str]:
+        """Those that have failed a while ago."""
+        now = time.monotonic()
+        self._failed = {name: until for name, until in self._failed.items() if until > now}
+        return set(self._failed)
+
     def _free(self) -> int:
-        return self._memory - sum(
-            state.memory for serving in self for state in serving.states()[:1]
-        )
+        models = sum(state.memory for serving in self for state in serving.states()[:1])
+        return self._memory - models - self.stages.memory
+
+    def _on_stage(self) -> None:
+        self._around.on_change()
+        self._around.on_release()
 
     def _start(self, serving: Serving) -> None:
         self._servings[serving.name] = serving
         self._tasks[serving.name] = self._group.create_task(self._run(serving), name=serving.name)
         self._around.on_change()
+
+    def _rest(self, serving: Serving) -> float:
+        """Seconds for which a model that has failed is not tried again."""
+        if serving.name not in self._split:
+            return FAILED_SECONDS
+        # A group that was there and is lost is formed anew at once.
+        times = 0 if serving.was_ready else self._in_vain.get(serving.name, 0) + 1
+        self._in_vain[serving.name] = times
+        return min(MOST_REST_SECONDS, REST_SECONDS * 2.0 ** min(times - 1, 16)) if times else 0.0
 
     async def _run(self, serving: Serving) -> None:
         pinned = self.is_pinned(serving.name)
@@ -143,7 +272,8 @@ class Roster:
             await serving.run()
             if serving.failure:
                 if not pinned:
-                    self._failed[serving.name] = time.monotonic() + FAILED_SECONDS
+                    self._failed[serving.name] = time.monotonic() + self._rest(serving)
+                    self._failures[serving.name] = serving.failure
                 self._on_failed(serving.name, serving.failure)
         finally:
             if not pinned:

@@ -8,7 +8,7 @@ engine has spoken already, answers it.
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal
 
 import msgspec
@@ -29,11 +29,18 @@ from worker.hub import DownloadStopped, HubError
 from worker.intake import VERSION_HEADER, Rejected, read_request, ticket_of
 from worker.link import EngineStats, Ready, Step, Submit
 from worker.memory_budget import MemoryBudget, NotEnoughMemory
-from worker.preparing import ServingSettings, prepare
+from worker.model_bytes import SourceError
+from worker.part import PartRefused, PartStopped
+from worker.preparing import Prepared, ServingSettings, prepare
 from worker.rate import Rate
 from worker.replies import Replies
 
-__all__ = ("Serving", "Surroundings")
+__all__ = ("Preparing", "Serving", "Surroundings")
+
+Preparing = Callable[[Callable[[str], None]], Awaitable[Prepared]]
+"""Makes everything ready for an engine; tells what it does, possibly from another thread."""
+
+_IMPOSSIBLE = (GgufError, HubError, NotEnoughMemory, EngineGaveUp, SourceError, PartRefused)
 
 State = Literal["loading", "ready", "draining", "failed"]
 
@@ -66,7 +73,18 @@ class Serving:
         *,
         pinned: bool = False,
         memory: int = 0,
+        preparing: Preparing | None = None,
     ) -> None:
+        """Make it.
+
+        Args:
+            source: the model.
+            settings: for what its own options leave open.
+            around: what all models share.
+            pinned: the operator named it.
+            memory: bytes set aside for it, until that is known better.
+            preparing: how its engine is made ready; None: as that of a whole model.
+        """
         options = source.options
         self.name = source.name
         self.last_use = 0.0
@@ -76,6 +94,7 @@ class Serving:
         self._source = source
         self._settings = settings
         self._around = around
+        self._preparing = preparing or self._prepare_whole
         self._admission = Admission(options.slots or settings.slots, settings.queue)
         self._doors = Doors(
             around.bus, source.names, self.take, wanted=self._wanted, on_open=around.on_change
@@ -115,6 +134,11 @@ class Serving:
         return "ready" if ready else "loading"
 
     @property
+    def was_ready(self) -> bool:
+        """Whether its engine has ever been."""
+        return self._ready is not None
+
+    @property
     def engine_pid(self) -> int | None:
         """Process id of the engine, if one runs."""
         return self._engine.pid if self._engine else None
@@ -135,23 +159,27 @@ class Serving:
     async def _serve(self) -> None:
         around = self._around
         try:
-            config, self._header, self._memory = await prepare(
-                self._source,
-                self._settings,
-                worker=around.bus.identity,
-                budget=around.budget,
-                stopping=around.stopping,
-                tell=self._note,
-            )
+            config, self._header, self._memory = await self._preparing(self._note)
             self._engine = EngineProcess(config, self, command=self._settings.command)
             self._tell("starting")
             await self._engine.run()
-        except (GgufError, HubError, NotEnoughMemory, EngineGaveUp) as error:
+        except _IMPOSSIBLE as error:
             self.failure = " ".join(str(error).split())
             self._log.error("model.failed", reason=self.failure)
             around.on_change()
-        except DownloadStopped:
+        except (DownloadStopped, PartStopped):
             self._log.info("model.download_stopped")
+
+    async def _prepare_whole(self, tell: Callable[[str], None]) -> Prepared:
+        around = self._around
+        return await prepare(
+            self._source,
+            self._settings,
+            worker=around.bus.identity,
+            budget=around.budget,
+            stopping=around.stopping,
+            tell=tell,
+        )
 
     def reconnected(self) -> None:
         """NATS is back."""
@@ -248,6 +276,11 @@ class Serving:
             self._engine.cancel(tuple(ticket.attempt for ticket in lost))
         self._moved.set()
         self._around.on_release()
+
+    def kill(self) -> None:
+        """End the engine at once, whatever it does."""
+        if self._engine is not None:
+            self._engine.kill()
 
     def states(self) -> tuple[ModelState, ...]:
         """The model as beats tell of it, once under each of its names."""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sysconfig
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -34,7 +35,10 @@ class MeshUp:
 
     model = DEFAULT_MODEL
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, settings: Mapping[str, str] | None = None
+    ) -> None:
+        """Start it; `settings` are for its parts, as `MESH_MEMORY`."""
         self.data_dir = folder / "data"
         self.output = folder / "out.txt"
         self.errors = folder / "err.txt"
@@ -44,7 +48,7 @@ class MeshUp:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env=clean_environment(),
+                env=clean_environment() | dict(settings or {}),
                 start_new_session=True,
             )
         self._seen: dict[int, psutil.Process] = {}

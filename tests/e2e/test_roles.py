@@ -94,7 +94,7 @@ class Standbys(MeshParts):
         entries = [f'[models."{name}"]\nfile = {json.dumps(file)}\n' for name in (A, B)]
         (models / "models.toml").write_text("".join(entries))
         settings = ServingSettings(slots=4, context=512, prefix_memory=0, speculation="ngram")
-        able = survey(read_catalog(models).choose(()), settings, 1 << 40)
+        able = survey(read_catalog(models).choose(()), settings, 1 << 40).whole
         self.memory = 2 * max(model.memory for model in able) + (1 << 20)
 
     def start_standby(self, name: str) -> None:

@@ -7,10 +7,10 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from worker.cache_folder import cache_folder
 from worker.engine.calibration import Asked, nominal
 from worker.engine.calibration_cache import (
     CacheKey,
-    cache_folder,
     cache_key,
     load,
     store,
@@ -92,11 +92,11 @@ def test_the_folder_is_the_users_cache_unless_another_is_named(monkeypatch):
     monkeypatch.delenv("MESH_CACHE_DIR", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/home/someone")
-    assert cache_folder() == Path("/home/someone/.cache/mesh/calibration")
+    assert cache_folder() == Path("/home/someone/.cache/mesh")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert cache_folder() == Path("/cache/mesh/calibration")
+    assert cache_folder() == Path("/cache/mesh")
     monkeypatch.setenv("MESH_CACHE_DIR", "/mine")
-    assert cache_folder() == Path("/mine/calibration")
+    assert cache_folder() == Path("/mine")
 
 
 @pytest.mark.parametrize(

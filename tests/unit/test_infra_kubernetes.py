@@ -27,7 +27,7 @@ from router.health import health_routes
 from router.metrics import Metrics
 from shared.command_line import identity, settings_from_file
 from shared.sizes import parse_size
-from worker.engine.calibration_cache import cache_folder
+from worker.cache_folder import cache_folder
 
 FOLDER = Path(__file__).parents[2] / "infra" / "kubernetes"
 VERSIONS = ("1.31", "1.37")

@@ -9,7 +9,8 @@ from rich.console import Console
 from mesh.fleet import Fleet
 from mesh.readiness import judge
 from mesh.tables import models_table, size_text, status_view
-from shared.presence import Beat, ModelState, RouterBeat, encode_beat
+from shared.groups import SplitModel, StageState
+from shared.presence import Beat, ModelState, RoleChange, RouterBeat, encode_beat
 
 
 def model(name: str = "m", state: str = "ready", **more: Any) -> ModelState:
@@ -145,3 +146,57 @@ def test_sizes_are_for_people() -> None:
     assert size_text(0) == "-"
     assert size_text(94 * 1024**2) == "94 MiB"
     assert size_text(3 * 1024**3 // 2) == "1.5 GiB"
+
+
+def split(missing: str = "") -> SplitModel:
+    return SplitModel("a", "d", 100, 0, context=512, slots=1, missing=missing)
+
+
+def judged(*beats: bytes) -> tuple[int, int, list[str]]:
+    fleet = Fleet()
+    for one in beats:
+        fleet.hear(one)
+    loads = judge(fleet, ["w1", "w2"], ["a"])
+    return len(loads.pending), len(loads.ready), [reason for *_, reason in loads.failed]
+
+
+def test_a_model_that_several_carry_is_ready_with_its_head() -> None:
+    ready = beat("w1", 1, model("a"), parts=(split(),))
+    loading = beat("w1", 1, model("a", "loading"), parts=(split(),))
+    assert judged(ready, beat("w2", parts=(split(),))) == (0, 1, [])
+    assert judged(loading, beat("w2", parts=(split(),))) == (2, 0, [])
+    assert judged(ready) == (1, 1, [])
+
+
+def test_a_model_that_they_cannot_carry_has_failed_with_all() -> None:
+    alone = beat("w1", parts=(split("too large"),))
+    assert judged(alone, beat("w2", parts=(split(),))) == (1, 0, ["too large"])
+    assert judged(alone, beat("w2", parts=(split("too small"),))) == (
+        0,
+        0,
+        ["too large", "too small"],
+    )
+
+
+def test_a_group_that_fails_is_waited_for_twice() -> None:
+    def tired(times: int) -> bytes:
+        changes = tuple(RoleChange(float(n), "a", "fail", f"lost {n}") for n in range(times))
+        return beat("w1", parts=(split("lost"),), changes=changes)
+
+    other = beat("w2", parts=(split("lost elsewhere"),))
+    assert judged(tired(2), other) == (1, 0, ["lost elsewhere"])
+    assert judged(tired(3), other) == (0, 0, ["lost 2", "lost elsewhere"])
+
+
+def test_parts_are_shown_with_their_layers() -> None:
+    stages = (StageState("g", "a", 0, 7, 40 * 2**20, "loading", "cutting 40%"),)
+    head = (StageState("g", "a", 7, 9, 0, "ready"),)
+    fleet = Fleet()
+    fleet.hear(beat("w1", 1, model("a", memory=30 * 2**20), stages=head))
+    fleet.hear(beat("w2", stages=stages))
+    console = Console(width=250, no_color=True)
+    with console.capture() as captured:
+        console.print(status_view(fleet.snapshot()))
+    rows = [line.split() for line in captured.get().splitlines()]
+    assert ["a", "0-6", "w2", "loading", "cutting", "40%", "40", "MiB"] in rows
+    assert ["a", "7-8+head", "w1", "ready", "30", "MiB"] in rows

@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 def able(folder: Path) -> Callable[..., dict[str, LoadableModel]]:
     def run(settings: ServingSettings = SETTINGS, memory: int = PLENTY) -> dict[str, LoadableModel]:
         sources = read_catalog(folder).choose(())
-        models = survey(sources, settings, memory)
+        models = survey(sources, settings, memory).whole
         assert [model.name for model in models] == sorted(model.name for model in models)
         return {model.name: model for model in models}
 

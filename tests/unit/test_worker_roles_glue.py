@@ -9,8 +9,12 @@ import pytest
 from structlog.testing import capture_logs
 
 import worker.roles
+from shared import grouping
 from shared.bus import BusUnavailable
+from shared.grouping import Proposal
+from shared.groups import Group, Part
 from shared.leases import LeaseKey
+from shared.model_shape import ModelShape
 from shared.placement import Action, Decision
 from shared.presence import Beat, ModelState, RoleChange
 from worker.roles import Roles
@@ -25,12 +29,20 @@ class PlayedLeases:
         self.states: dict[str, str] = {}
         self.renewals = 0
         self.answer_after = 0.0
+        self.grouped: dict[LeaseKey, Group] = {}
 
     @property
     def held(self) -> frozenset[LeaseKey]:
         return frozenset(self.mine)
 
-    async def claim(self, key: LeaseKey, *, state: str = "loading") -> bool:
+    def groups(self) -> dict[str, Group]:
+        return {key.model: group for key, group in self.grouped.items() if key in self.mine}
+
+    async def claim(
+        self, key: LeaseKey, *, state: str = "loading", group: Group | None = None
+    ) -> bool:
+        if group is not None:
+            self.grouped[key] = group
         self.claimed.append(key)
         await asyncio.sleep(self.answer_after)
         if self.verdict():
@@ -65,6 +77,12 @@ class PlayedFleet:
         self.broken = False
         self.leases = PlayedLeases()
         self.changes: deque[RoleChange] = deque(maxlen=8)
+        self.shapes: dict[str, ModelShape] = {}
+        self.led: list[Group] = []
+        self.ended: list[tuple[str, str]] = []
+        self.missing: dict[str, str] = {}
+        self.proposal: Proposal | None = None
+        self.ending = ("", False)
         self.roles = Roles(
             "me",
             self,
@@ -100,6 +118,19 @@ class PlayedFleet:
         await self.drained.wait()
         del self.models[model]
 
+    def start_group(self, model: str, group: Group) -> bool:
+        self.led.append(group)
+        if self.startable:
+            self.models[model] = "loading"
+        return self.startable
+
+    async def end(self, model: str, reason: str) -> None:
+        self.ended.append((model, reason))
+        del self.models[model]
+
+    def note_missing(self, model: str, why: str) -> None:
+        self.missing[model] = why
+
     def is_pinned(self, model: str) -> bool:
         return model in self.pinned
 
@@ -124,6 +155,9 @@ async def fleet(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[PlayedFleet]:
     fleet = PlayedFleet()
     monkeypatch.setattr(worker.roles, "decide", fleet.decide)
     monkeypatch.setattr(worker.roles, "GATHER", 0.0)
+    monkeypatch.setattr(grouping, "propose", lambda *_, **__: fleet.proposal)
+    monkeypatch.setattr(grouping, "ending", lambda *_: fleet.ending)
+    monkeypatch.setattr(grouping, "joined", lambda *_: {})
     task = asyncio.create_task(fleet.roles.run())
     yield fleet
     task.cancel()
@@ -281,3 +315,58 @@ async def test_a_model_that_has_become_ready_is_told_at_once(fleet: PlayedFleet)
     fleet.models["m"] = "ready"
     await fleet.rounds()
     assert fleet.leases.renewals > renewed
+
+
+GROUP = Group("g", "d", (Part("other", 0, 5, 1), Part("me", 5, 9, 1)), 1, 512, 32)
+SHAPE = ModelShape("m", "llama", (), 0, 0, 0, 0, 0, 0, 0)
+
+
+async def test_who_is_to_be_the_head_claims_for_the_whole_group(fleet: PlayedFleet) -> None:
+    fleet.shapes = {"m": SHAPE}
+    fleet.proposal = Proposal("m", 0, GROUP, "1 waiting")
+    await fleet.rounds(3)
+    key = LeaseKey("m", 0)
+    assert fleet.leases.claimed == [key]
+    assert fleet.leases.grouped == {key: GROUP}
+    assert fleet.led == [GROUP]
+    assert fleet.told == [("promote", "m", "1 waiting; with other")]
+
+
+async def test_a_group_that_cannot_be_started_is_given_back(fleet: PlayedFleet) -> None:
+    fleet.shapes = {"m": SHAPE}
+    fleet.startable = False
+    fleet.proposal = Proposal("m", 0, GROUP, "1 waiting")
+    await fleet.rounds(1)
+    fleet.proposal = None
+    await fleet.rounds()
+    assert fleet.leases.released == fleet.leases.claimed
+    assert fleet.leases.held == frozenset()
+
+
+async def test_a_group_that_has_lost_a_part_ends_and_its_lease_is_given_back(
+    fleet: PlayedFleet,
+) -> None:
+    fleet.shapes = {"m": SHAPE}
+    fleet.proposal = Proposal("m", 0, GROUP, "1 waiting")
+    await fleet.rounds(1)
+    fleet.proposal = None
+    fleet.ending = ("other is gone", False)
+    await fleet.rounds(3)
+    assert fleet.ended == [("m", "other is gone")]
+    assert fleet.leases.released == [LeaseKey("m", 0)]
+    assert fleet.told[1:] == [("fail", "m", "other is gone")]
+
+
+async def test_a_group_of_which_one_leaves_is_drained(fleet: PlayedFleet) -> None:
+    fleet.shapes = {"m": SHAPE}
+    fleet.proposal = Proposal("m", 0, GROUP, "1 waiting")
+    await fleet.rounds(1)
+    fleet.proposal = None
+    fleet.ending = ("other leaves", True)
+    await fleet.rounds(3)
+    assert fleet.stopped == ["m"]
+    assert fleet.leases.held == {LeaseKey("m", 0)}
+    fleet.drained.set()
+    await fleet.rounds(3)
+    assert fleet.leases.held == frozenset()
+    assert fleet.told[1:] == [("demote", "m", "other leaves")]

@@ -102,7 +102,8 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
         step_tokens=config.step_tokens,
         prefix_memory=config.prefix_memory,
     )
-    advice = advise(config.path, gpu_layers=config.gpu_layers)
+    # A stage's file is cut from the model's: advice on its format would name what nobody knows.
+    advice = advise(config.path, gpu_layers=config.gpu_layers) if config.ring is None else ""
     link.sendall(
         pack(
             Ready(

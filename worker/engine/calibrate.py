@@ -17,8 +17,9 @@ import msgspec
 import structlog
 
 from worker import hardware
+from worker.cache_folder import cache_folder
 from worker.engine.calibration import DEPTH, WIDTHS, Asked, Calibration, calibrate, nominal
-from worker.engine.calibration_cache import cache_folder, cache_key, load, store, switched_off
+from worker.engine.calibration_cache import cache_key, load, store, switched_off
 from worker.engine.decoder import Decoder
 from worker.engine.llama import Context, LoadError, Model, silence
 from worker.engine.stepper import ContextStepper, run_queue_seconds, spin_rounds
@@ -88,7 +89,7 @@ def calibrated(
         step_tokens=config.step_tokens,
         poll=poll,
     )
-    folder = cache_folder()
+    folder = cache_folder() / "calibration"
     kept = None if fresh else load(key, folder)
     if kept is not None:
         return Report(kept, "cached")

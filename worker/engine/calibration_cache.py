@@ -17,7 +17,7 @@ import structlog
 
 from worker.engine.calibration import Asked, Calibration
 
-__all__ = ("CacheKey", "cache_folder", "cache_key", "load", "store", "switched_off")
+__all__ = ("CacheKey", "cache_key", "load", "store", "switched_off")
 
 FORMAT = 1
 """To be raised when a calibration is measured in another way than before."""
@@ -56,17 +56,6 @@ _decoder = msgspec.json.Decoder(_Record)
 def switched_off() -> bool:
     """Whether `MESH_CALIBRATE` says off."""
     return os.environ.get("MESH_CALIBRATE", "").strip().lower() in ("off", "0", "no", "false")
-
-
-def cache_folder() -> Path:
-    """Where calibrations are kept: `MESH_CACHE_DIR`, else `mesh` in the user's cache folder."""
-    named = os.environ.get("MESH_CACHE_DIR", "")
-    user = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(named) if named else (Path(user) if user else Path("~/.cache")) / "mesh"
-    # Without a home, as some services are run, there is no `~`.
-    with suppress(RuntimeError):
-        folder = folder.expanduser()
-    return folder / "calibration"
 
 
 def cache_key(

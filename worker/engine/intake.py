@@ -37,7 +37,15 @@ from worker.engine.tools import (
     reasoning_open,
     tool_constraint,
 )
-from worker.link import LENGTH, CancelAttempts, EngineConfig, Stop, Submit, decode_to_engine
+from worker.link import (
+    LENGTH,
+    CancelAttempts,
+    EngineConfig,
+    Join,
+    Stop,
+    Submit,
+    decode_to_engine,
+)
 
 __all__ = ("Intake", "Rejected", "read_message")
 
@@ -112,7 +120,7 @@ class Intake:
             message = decode_to_engine(data)
             if isinstance(message, Submit):
                 self._submit(message)
-            else:
+            elif not isinstance(message, Join):  # that is for stages without the head
                 self.arrivals.put(message)
                 if isinstance(message, Stop):
                     return

@@ -46,6 +46,7 @@ class RingLink:
         self._end: asyncio.Event | None = None
         self._ready: Future[None] = Future()
         self._lost = ""
+        self._gone = ""
         self._thread = threading.Thread(target=self._run, name="ring", daemon=True)
 
     def __enter__(self) -> Self:
@@ -77,36 +78,47 @@ class RingLink:
         """The way to another worker's stage."""
         return RingSender(self, subjects.ring(worker, self._group))
 
-    def publish(self, subject: str, data: bytes) -> None:
+    def publish(self, subject: str, data: bytes, *, heard: bool) -> None:
         """Send a message.
+
+        Args:
+            subject: of a stage.
+            data: the message.
+            heard: if nobody listens there, the ring is at its end, which `receive` tells.
 
         Raises:
             RingBroken: the connection is lost; what was under way is lost with it.
         """
         if self._lost or self._loop is None or self._bus is None:
             raise RingBroken(self._lost or "not connected")
-        self._loop.call_soon_threadsafe(self._start, subject, data)
+        # NATS answers on a reply subject, and only if nobody listens on the subject.
+        reply = f"{self._bus.inbox}.unheard.{subject.split('.')[-2]}" if heard else ""
+        self._loop.call_soon_threadsafe(self._start, subject, data, reply)
 
     def receive(self, timeout: float) -> bytes | None:
         """What was sent to this stage; None: nothing came for so many seconds.
 
         Raises:
-            RingBroken: the connection is lost.
+            RingBroken: the connection is lost, or a stage's process is gone.
         """
         try:
             data = self._came.get(timeout=timeout)
         except queue.Empty:
             return None
         if data is None:
-            raise RingBroken(self._lost)
-        return data
+            raise RingBroken(self._lost or self._gone)
+        return data or None
 
-    def _start(self, subject: str, data: bytes) -> None:
+    def wake(self) -> None:
+        """Have `receive` return with nothing; from any thread."""
+        self._came.put(b"")
+
+    def _start(self, subject: str, data: bytes, reply: str) -> None:
         bus, loop = self._bus, self._loop
         assert bus is not None  # noqa: S101  this runs in its loop
         assert loop is not None  # noqa: S101
         # Messages leave in the order in which they were given: each is written before it waits.
-        task = loop.create_task(bus.publish(subject, data))
+        task = loop.create_task(bus.publish(subject, data, reply=reply))
         task.add_done_callback(self._sent)
 
     def _sent(self, task: "asyncio.Task[None]") -> None:
@@ -139,12 +151,18 @@ class RingLink:
         ) as bus:
             self._bus = bus
             await bus.subscribe(self._subject, self._take)
+            await bus.subscribe(f"{bus.inbox}.unheard.*", self._unheard)
             await bus.barrier()
             self._ready.set_result(None)
             await self._end.wait()
 
     def _take(self, message: BusMessage) -> None:
         self._came.put(message.data)
+
+    def _unheard(self, message: BusMessage) -> None:
+        if message.status:
+            self._gone = f"the stage on {message.subject.rpartition('.')[2]} is gone"
+            self._came.put(None)
 
 
 class RingSender:
@@ -156,9 +174,9 @@ class RingSender:
         self._link = link
         self._subject = subject
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, *, heard: bool = False) -> None:
         """See `RingLink.publish`."""
-        self._link.publish(self._subject, data)
+        self._link.publish(self._subject, data, heard=heard)
 
     def receive(self, timeout: float) -> bytes | None:
         """See `RingLink.receive`."""

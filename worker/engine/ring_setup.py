@@ -1,6 +1,7 @@
 """Setting up one stage of a ring: the head, which serves, and the others, which compute for it."""
 
 import os
+import queue
 import socket
 import threading
 import time
@@ -11,12 +12,21 @@ import structlog
 
 from worker.engine.intake import read_message
 from worker.engine.llama import Model
-from worker.engine.ring import RingContext
+from worker.engine.ring import RingBroken, RingContext
 from worker.engine.ring_link import RingLink
 from worker.engine.stage import Stage, input_scale
 from worker.engine.stage_loop import StageLoop
 from worker.engine.token_rows import TokenRows
-from worker.link import EngineConfig, Ready, RingPlace, pack
+from worker.link import (
+    EngineConfig,
+    Join,
+    Ready,
+    RingOver,
+    RingPlace,
+    Stop,
+    decode_to_engine,
+    pack,
+)
 
 __all__ = ("join_ring", "serve_stage")
 
@@ -86,49 +96,85 @@ def serve_stage(
     place: RingPlace,
     on_progress: Callable[[float], None],
 ) -> None:
-    """Serve as a stage without the head until the agent says stop, or the ring is broken.
+    """Serve as a stage without the head until the agent says stop.
+
+    When its ring is over the stage stays loaded, says so, and waits for another ring.
 
     Raises:
         LoadError: the file cannot be loaded, or there is no memory.
-        RingBroken: NATS cannot be reached, or the ring is at its end.
     """
     began = time.monotonic()
     threads = config.threads or len(os.sched_getaffinity(0))
     model = Model(config.path, on_progress=on_progress, gpu_layers=config.gpu_layers)
     stage = _stage(model, config, place, threads)
-    with _link(config, place) as ring:
-        loop = StageLoop(
-            stage,
-            group=place.group,
-            worker=place.workers[place.index],
-            transport=ring.to(place.workers[place.index + 1]),
-            head=ring.to(place.workers[-1]),
-        )
-        link.sendall(
-            pack(
-                Ready(
-                    context=stage.context.context,
-                    slots=config.slots,
-                    threads=threads,
-                    description=model.description(),
-                    load_seconds=round(time.monotonic() - began, 3),
-                    embeddings=False,
-                )
-            )
-        )
-        stopped = _watch(link)
-        while not stopped.is_set():
-            loop.step(_IDLE_SECONDS)
+    ready = Ready(
+        context=stage.context.context,
+        slots=config.slots,
+        threads=threads,
+        description=model.description(),
+        load_seconds=round(time.monotonic() - began, 3),
+        embeddings=False,
+    )
+    orders = _Orders(link)
+    orders.start()
+    where: RingPlace | None = place
+    while where is not None:
+        try:
+            with _link(config, where) as ring:
+                orders.wake = ring.wake
+                link.sendall(pack(ready))
+                _serve_ring(stage, where, ring, orders)
+        except RingBroken as error:
+            log.warning("ring.over", group=where.group, reason=str(error))
+            link.sendall(pack(RingOver(str(error))))
+        where = orders.next()
+        for slot in range(config.slots):
+            stage.context.forget(slot)
 
 
-def _watch(link: socket.socket) -> threading.Event:
-    """Set when the agent says stop, which is all it says to a stage, or is gone."""
-    stopped = threading.Event()
+def _serve_ring(stage: Stage, place: RingPlace, ring: RingLink, orders: "_Orders") -> None:
+    loop = StageLoop(
+        stage,
+        group=place.group,
+        worker=place.workers[place.index],
+        transport=ring.to(place.workers[place.index + 1]),
+        head=ring.to(place.workers[-1]),
+    )
+    while not orders.waiting:
+        loop.step(_IDLE_SECONDS)
 
-    def wait() -> None:
-        # Whatever the agent says: only `Stop` comes here.
-        read_message(link)
-        stopped.set()
 
-    threading.Thread(target=wait, name="agent", daemon=True).start()
-    return stopped
+class _Orders:
+    """What the agent wants of a stage; read in a thread of its own."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self.wake: Callable[[], None] = lambda: None
+        """Called when there is an order."""
+        self._link = link
+        self._came: queue.SimpleQueue[RingPlace | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._read, name="agent", daemon=True)
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._thread.start()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is an order."""
+        return not self._came.empty()
+
+    def next(self) -> RingPlace | None:
+        """Wait for an order: where to take part next; None: stop."""
+        return self._came.get()
+
+    def _read(self) -> None:
+        while True:
+            data = read_message(self._link)
+            message = None if data is None else decode_to_engine(data)
+            if message is None or isinstance(message, Stop):
+                self._came.put(None)
+                self.wake()
+                return
+            if isinstance(message, Join):
+                self._came.put(message.place)
+                self.wake()

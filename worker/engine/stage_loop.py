@@ -1,5 +1,7 @@
 """What a stage without the head does: takes passes, computes its layers, sends them on."""
 
+from contextlib import suppress
+
 import structlog
 from msgspec import DecodeError
 from msgspec.structs import replace
@@ -48,7 +50,13 @@ class StageLoop:
         Raises:
             RingBroken: the stage cannot go on; the head has been told.
         """
-        data = self._transport.receive(timeout)
+        try:
+            data = self._transport.receive(timeout)
+        except RingBroken as error:
+            # Where only another stage is gone, the head can still be told.
+            with suppress(RingBroken):
+                self._tell(str(error))
+            raise
         if data is None:
             return False
         try:
@@ -65,9 +73,12 @@ class StageLoop:
             if isinstance(error, RingBroken):
                 raise
             reason = str(error)
-            self._head.send(encode_message(Broken(self._group, self._worker, reason)))
+            self._tell(reason)
             raise RingBroken(reason) from error
         return True
+
+    def _tell(self, reason: str) -> None:
+        self._head.send(encode_message(Broken(self._group, self._worker, reason)))
 
     def _greet(self, hello: Hello) -> None:
         context, stage = self._stage.context, self._stage
@@ -89,4 +100,4 @@ class StageLoop:
         positions = [start + row for start in pass_.starts for row in range(pass_.each)]
         out = self._stage.run(rows, slots, positions)
         # What was done to the caches goes on with it: every stage does it.
-        self._transport.send(encode_message(pass_, to_bytes(out, half=pass_.half)))
+        self._transport.send(encode_message(pass_, to_bytes(out, half=pass_.half)), heard=True)

@@ -1,0 +1,121 @@
+"""From a group and this worker's part in it to the configuration of an engine.
+
+The stage's file is cut from the model's, once; only the part's own bytes are read for it.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import msgspec
+
+from shared.broker_config import ring_url, ring_user
+from shared.groups import Group
+from worker.cache_folder import cache_folder
+from worker.cut_file import make_stage
+from worker.link import EngineConfig, RingPlace
+from worker.model_bytes import FileBytes
+from worker.preparing import ALL_LAYERS, ServingSettings
+from worker.split_source import SplitSource
+from worker.stage_cut import Wanted
+
+__all__ = ("PartRefused", "PartStopped", "place_in", "prepare_part")
+
+
+class PartRefused(Exception):
+    """This worker cannot have the part; the message is one line."""
+
+
+class PartStopped(Exception):
+    """The worker is ending; what has been written is kept."""
+
+
+async def prepare_part(
+    split: SplitSource,
+    settings: ServingSettings,
+    group: Group,
+    *,
+    worker: str,
+    nats: str,
+    stopping: threading.Event,
+    tell: Callable[[str], None],
+) -> EngineConfig:
+    """Make the file of this worker's part, and say how its engine is to be started.
+
+    Args:
+        split: the model.
+        settings: for what its own options leave open.
+        group: names this worker.
+        worker: who it is.
+        nats: the worker's own URL of the server.
+        stopping: ends the work when set.
+        tell: hears what is being done, from another thread.
+
+    Raises:
+        PartRefused: the file here is another model's than the group's, or it has no such part.
+        PartStopped: `stopping` was set.
+        GgufError: the model's file is damaged.
+        SourceError: it cannot be read, or the stage's cannot be written.
+    """
+    index = group.index(worker)
+    if index is None:
+        raise PartRefused(f"{worker} has no part in group {group.id}")
+    if split.digest != group.digest:
+        raise PartRefused(f"{split.path.name} here is another file than the head's")
+    part = group.parts[index]
+    if part.stop > split.header.block_count:
+        raise PartRefused(f"{split.path.name} has {split.header.block_count} layers")
+    alone = len(group.parts) == 1
+    path = split.path
+    if not alone:
+        wanted = Wanted(part.start, part.stop, head=part is group.head)
+
+        def progress(done: int, size: int) -> None:
+            if stopping.is_set():
+                raise PartStopped
+            tell(f"cutting layers {part.start} to {part.stop - 1}: {done / size:.0%}")
+
+        made = await asyncio.to_thread(
+            make_stage, FileBytes(path), wanted, cache_folder() / "stages", progress=progress
+        )
+        path = made.path
+    options = split.source.options
+    layers = settings.gpu_layers if options.gpu_layers is None else options.gpu_layers
+    asked = options.speculation or settings.speculation
+    config = EngineConfig(
+        path=str(path),
+        model=split.source.name,
+        worker=worker,
+        slots=group.slots,
+        context=group.context,
+        threads=options.threads or settings.threads,
+        # Of a part all or none: which of its layers are the first ones here says nothing.
+        gpu_layers=ALL_LAYERS if layers else 0,
+        step_tokens=group.step,
+        chat_template=options.chat_template,
+        embeddings=options.embeddings and alone,
+        # The plan has no room for a draft model.
+        speculation="off" if asked == "off" else "ngram",
+    )
+    if alone:
+        return config
+    return msgspec.structs.replace(config, ring=place_in(group, worker, nats))
+
+
+def place_in(group: Group, worker: str, nats: str) -> RingPlace:
+    """Where this worker's stage stands in a group; `nats` is the worker's own URL.
+
+    Raises:
+        PartRefused: it has no part in it.
+    """
+    index = group.index(worker)
+    if index is None:
+        raise PartRefused(f"{worker} has no part in group {group.id}")
+    return RingPlace(
+        group=group.id,
+        workers=group.workers,
+        index=index,
+        nats=ring_url(nats),
+        half=group.half,
+        identity=ring_user(worker),
+    )
