@@ -11,79 +11,27 @@ activations: of the slower one, or of both together where a single stream uses t
 import asyncio
 import os
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import cyclopts
-import msgspec
 import uvloop
 
-from loadtests.engine_driver import EngineDriver, new_attempt
+from loadtests.engine_driver import EngineDriver
 from loadtests.figures import markdown, median_and_range
-from loadtests.stack import Stack, smollm2, smollm2_f32, smollm2_q4_0
-from shared.broker_config import ring_url, ring_user
+from loadtests.rings import CONTEXT, Target, model_file, pin, rate_of, ring_of, stage_files
+from loadtests.stack import Stack
 from shared.model_shape import ModelShape, Scales, Size
 from shared.partition import Host, Stage, deal
-from shared.protocol import ChatInput, Delta, Generate, Message, Sampling
-from worker.cut_file import make_stage
-from worker.link import RingPlace
-from worker.model_bytes import FileBytes
 from worker.shape import read_shape
-from worker.stage_cut import Wanted
 
-Target = Literal["F32", "Q4_0", "Q4_1"]
 SYSTEMS = ("one core", "both cores", "two stages")
 BOUND_SECONDS = 1.0
 WORKERS = ("worker-1", "worker-2")
-CONTEXT = 512
-_FILES = {"F32": smollm2_f32, "Q4_0": smollm2_q4_0, "Q4_1": lambda folder: smollm2()}
 
 app = cyclopts.App(help=__doc__, version_flags=[])
-
-
-def _asked(number: int, tokens: int) -> Generate:
-    text = f"Write a long report about case {number} of the harbour."
-    return Generate(
-        id="bench",
-        attempt=new_attempt(),
-        model="bench",
-        input=ChatInput((Message("user", text),)),
-        sampling=Sampling(seed=1, temperature=0, ignore_eos=True),
-        deadline=time.time() + 600,
-        max_tokens=tokens,
-    )
-
-
-async def _rate(engine: EngineDriver, streams: int, tokens: int, first: int) -> float:
-    """Tokens a second while all streams run: from the last one's first to the first one's last."""
-    begun: list[float] = []
-    ended: list[float] = []
-    came: list[float] = []
-
-    async def one(number: int) -> None:
-        mine = 0
-        async for frame in engine.submit(_asked(number, tokens)):
-            if isinstance(frame, Delta) and frame.tokens:
-                now = time.perf_counter()
-                if not mine:
-                    begun.append(now)
-                mine += len(frame.tokens)
-                came.extend([now] * len(frame.tokens))
-        ended.append(time.perf_counter())
-
-    async with asyncio.TaskGroup() as group:
-        for number in range(streams):
-            group.create_task(one(first + number))
-    start, stop = max(begun), min(ended)
-    return sum(start < at <= stop for at in came) / (stop - start)
-
-
-def _pin(engine: EngineDriver, cores: set[int]) -> None:
-    for task in Path(f"/proc/{engine.pid}/task").iterdir():
-        os.sched_setaffinity(int(task.name), cores)
 
 
 class Bound:
@@ -143,18 +91,6 @@ def _dealt(shape: ModelShape, slots: int, speeds: Sequence[float]) -> tuple[Stag
     return stages
 
 
-def _files(model: Path, folder: Path, stages: Sequence[Stage]) -> list[Path]:
-    return [
-        make_stage(
-            FileBytes(model),
-            Wanted(stage.start, stage.stop, head=stage.head),
-            folder,
-            progress=lambda *_: None,
-        ).path
-        for stage in stages
-    ]
-
-
 async def _balanced(model: Path, folder: Path, slots: int) -> tuple[tuple[Stage, ...], list[Path]]:
     """Deal the layers so that a step takes both stages as long.
 
@@ -164,7 +100,7 @@ async def _balanced(model: Path, folder: Path, slots: int) -> tuple[tuple[Stage,
     shape = read_shape(model)
     stages = _dealt(shape, slots, (1.0, 1.0))
     for _ in range(2):
-        paths = _files(model, folder, stages)
+        paths = stage_files(model, folder, stages)
         bound = Bound()
         try:
             await bound.start(paths, slots)
@@ -185,48 +121,24 @@ async def _balanced(model: Path, folder: Path, slots: int) -> tuple[tuple[Stage,
         if [stage.stop for stage in again] == [stage.stop for stage in stages]:
             break
         stages = again
-    return stages, _files(model, folder, stages)
-
-
-def _ring(
-    model: Path,
-    stack: Stack,
-    paths: Sequence[Path],
-    options: dict[str, int],
-    *,
-    half: bool,
-) -> list[EngineDriver]:
-    engines: list[EngineDriver] = []
-    for index, (worker, path) in enumerate(zip(WORKERS, paths, strict=True)):
-        engine = EngineDriver(str(path), threads=1, speculation="off", **options)
-        place = RingPlace(
-            group=f"bench-{model.stem.rpartition('.')[2]}",
-            workers=WORKERS,
-            index=index,
-            nats=ring_url(stack.url(worker)),
-            identity=ring_user(worker),
-            half=half,
-        )
-        engine.config = msgspec.structs.replace(engine.config, ring=place)
-        engines.append(engine)
-    return engines
+    return stages, stage_files(model, folder, stages)
 
 
 async def measure(
     target: Target, streams: tuple[int, ...], tokens: int, reps: int, *, half: bool
 ) -> str:
     """Run all and return the table."""
-    options = {"slots": max(streams), "context": CONTEXT, "step_tokens": 256}
+    options: dict[str, Any] = {"slots": max(streams), "context": CONTEXT, "step_tokens": 256}
     rates: dict[tuple[str, int], list[float]] = {}
     bounds: dict[int, list[float]] = {}
     async with Stack(workers=len(WORKERS)) as stack, AsyncExitStack() as owner:
-        model = _FILES[target](stack.folder)
+        model = model_file(target, stack.folder)
         whole = [
             EngineDriver(str(model), threads=threads, speculation="off", **options)
             for threads in (1, 2)
         ]
         stages, paths = await _balanced(model, stack.folder / "stages", max(streams))
-        ring = _ring(model, stack, paths, options, half=half)
+        ring = ring_of(model, paths, WORKERS, stack.url, speculation="off", half=half, **options)
         bound = Bound()
         owner.push_async_callback(bound.stop)
         await bound.start(paths, max(streams))
@@ -235,12 +147,12 @@ async def measure(
                 owner.push_async_callback(engine.stop)
                 group.create_task(engine.start())
         for engine, cores in zip((*whole, *ring), ({0}, {0, 1}, {0}, {1}), strict=True):
-            _pin(engine, cores)
+            pin(engine, cores)
         systems = dict(zip(SYSTEMS, (*whole, ring[-1]), strict=True))
         for rep in range(reps):
             for count in streams:
                 for name, engine in systems.items():
-                    rate = await _rate(engine, count, tokens, 1000 * rep)
+                    rate = await rate_of(engine, count, tokens, 1000 * rep)
                     rates.setdefault((name, count), []).append(rate)
                     sys.stderr.write(f"{rep + 1}/{reps}: {count} at once, {name}: {rate:.1f}\n")
                 bounds.setdefault(count, []).append(await bound.rate(count))
@@ -266,7 +178,7 @@ def main(
     at_once: tuple[int, ...] = (1, 2, 8, 16, 32),
     tokens: int = 64,
     reps: int = 5,
-    half: Annotated[bool, cyclopts.Parameter(negative="--full")] = True,
+    half: Annotated[bool, cyclopts.Parameter(negative=())] = False,
 ) -> None:
     """Print tokens a second.
 
@@ -275,7 +187,7 @@ def main(
         at_once: streams; may be given several times
         tokens: of each answer
         reps: repetitions, of which the median is shown
-        half: send activations with 16 bits a number; --full: with 32
+        half: send activations with 16 bits a number, not 32
     """
     if len(os.sched_getaffinity(0)) < 2:
         raise SystemExit("two cores are needed, one a stage")

@@ -8,8 +8,8 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
-from delaying_proxy import DelayingProxy
 
+from loadtests.delaying_proxy import DelayingProxy
 from loadtests.token_emitter import Emitter
 from loadtests.token_worker import TokenWorker
 from router.server import Serving
