@@ -32,8 +32,13 @@ def model_file(target: Target, folder: Path) -> Path:
     return smollm2_f32(folder) if target == "F32" else smollm2_q4_0(folder)
 
 
-def asked(number: int, tokens: int) -> Generate:
-    text = f"Write a long report about case {number} of the harbour."
+def report(number: int) -> str:
+    """A prompt whose answer nobody can foresee."""
+    return f"Write a long report about case {number} of the harbour."
+
+
+def asked(text: str, tokens: int) -> Generate:
+    """A greedy request for so many tokens."""
     return Generate(
         id="bench",
         attempt=new_attempt(),
@@ -45,15 +50,29 @@ def asked(number: int, tokens: int) -> Generate:
     )
 
 
-async def rate_of(engine: EngineDriver, streams: int, tokens: int, first: int) -> float:
-    """Tokens a second while all streams run: from the last one's first to the first one's last."""
+async def rate_of(
+    engine: EngineDriver,
+    streams: int,
+    tokens: int,
+    first: int,
+    prompt: Callable[[int], str] = report,
+) -> float:
+    """Tokens a second while all streams run: from the last one's first to the first one's last.
+
+    Args:
+        engine: the engine, or the head of a ring.
+        streams: at once.
+        tokens: of each answer.
+        first: number of the first prompt.
+        prompt: by its number.
+    """
     begun: list[float] = []
     ended: list[float] = []
     came: list[float] = []
 
     async def one(number: int) -> None:
         mine = 0
-        async for frame in engine.submit(asked(number, tokens)):
+        async for frame in engine.submit(asked(prompt(number), tokens)):
             if isinstance(frame, Delta) and frame.tokens:
                 now = time.perf_counter()
                 if not mine:

@@ -70,7 +70,10 @@ Operation = Forget | Copy | Swap
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="h"):
-    """Goes round once before the first pass: all stages are there, and agree on their sizes."""
+    """Goes round before the first pass: all stages are there, and agree on their sizes.
+
+    And now and then between two steps, to measure the way round.
+    """
 
     group: _Group
     slots: Count
@@ -80,6 +83,8 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="h"):
     """Numbers in a row."""
     stages: tuple[str, ...] = ()
     """Workers that have passed it on."""
+    number: Count = 0
+    """Tells one from another; 0 while the ring is not complete."""
 
 
 class Pass(msgspec.Struct, frozen=True, array_like=True, tag="p"):

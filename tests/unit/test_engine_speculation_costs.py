@@ -137,3 +137,21 @@ def test_the_most_rows_within_a_time_are_the_most_and_whole_times_the_least(
     assert found % rows == 0
     assert found == rows or (found <= most and cost.seconds(found) <= seconds)
     assert found + rows > most or cost.seconds(found + rows) > seconds
+
+
+@given(rising_tables(), st.floats(0, 1), st.integers(1, 200))
+def test_the_way_round_is_added_and_is_not_taken_for_the_machines_speed(table, way, rows):
+    near, far = StepCost(table.items()), StepCost(table.items(), latency=lambda: way)
+
+    assert far.seconds(rows) == pytest.approx(way + near.seconds(rows))
+    for _ in range(50):
+        near.measured(rows, near.seconds(rows))
+        far.measured(rows, far.seconds(rows))
+    assert far.seconds(rows) == pytest.approx(way + near.seconds(rows), rel=1e-3)
+
+
+def test_a_way_that_is_longer_than_what_a_step_took_does_no_harm():
+    cost = StepCost({1: 0.01, 8: 0.02}.items(), latency=lambda: 0.05)
+    for _ in range(100):
+        cost.measured(1, 0.001)
+    assert 0.05 < cost.seconds(8) < 0.08

@@ -29,7 +29,7 @@ operation = st.one_of(
     st.builds(Forget, slot, count), st.builds(Copy, slot, slot), st.builds(Swap, slot, slot)
 )
 message = st.one_of(
-    st.builds(Hello, group, count, count, count, st.lists(st.text(), max_size=3).map(tuple)),
+    st.builds(Hello, group, count, count, count, st.lists(st.text(), max_size=3).map(tuple), count),
     st.builds(
         Pass,
         group=group,

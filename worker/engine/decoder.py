@@ -18,6 +18,8 @@ class Decoder(Protocol):
     """Tokens of a slot."""
     lanes: int
     """Steps that may be under way at once; 1: only `decode`, and one at a time."""
+    latency: float
+    """Seconds that a step takes whatever is in it: the way round to other hosts."""
 
     def set_threads(self, decode: int, prefill: int) -> None:
         """See `Context.set_threads`."""

@@ -269,6 +269,7 @@ class Context:
         self._memory = ll.llama_get_memory(self.handle)
         self.slots = slots
         self.lanes = 1
+        self.latency = 0.0
         self.context = int(ll.llama_n_ctx_seq(self.handle))
         self._states = [np.empty(0, dtype=np.uint8) for _ in range(2)]
         self._logits: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)

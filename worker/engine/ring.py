@@ -33,6 +33,9 @@ from worker.engine.stage import Rows, Stage
 
 __all__ = ("RingBroken", "RingContext", "RingTransport")
 
+LATENCY_EVERY = 5.0
+"""Seconds after which the way round is measured anew, before a step; that step waits as long."""
+
 HELLO_EVERY = 0.2
 """Seconds after which a hello that has not come back is sent again: a stage may not listen yet."""
 
@@ -103,11 +106,14 @@ class RingContext:
         self._transport = transport
         self._group = group
         self.lanes = others + 1
+        self.latency = 0.0
+        self._measured = 0.0
         self._begun: deque[list[_Sent]] = deque()
         self._most_rows = most_rows
         self._half = half
         self._timeout = timeout
         self._number = 0
+        self._hellos = 0
         self._operations: list[Operation] = []
         self._logits: list[Rows] = []
 
@@ -128,8 +134,24 @@ class RingContext:
             while (left := until - time.monotonic()) > 0:
                 message, _ = self._next(left)
                 if isinstance(message, Hello) and len(message.stages) == self.lanes - 1:
+                    self._measure()
                     return message.stages
         raise RingBroken(f"not all {self.lanes} stages were there after {within:g} s")
+
+    def _measure(self) -> None:
+        """Send a hello round, and see how long it takes; nothing else is under way."""
+        self._hellos += 1
+        hello = Hello(self._group, self.slots, self.context, self._stage.width, number=self._hellos)
+        began = time.monotonic()
+        self._transport.send(encode_message(hello), heard=True)
+        while (left := began + self._timeout - time.monotonic()) > 0:
+            message, _ = self._next(left)
+            # Those of the greeting may still come, which were sent again and again.
+            if isinstance(message, Hello) and message.number == self._hellos:
+                self._measured = time.monotonic()
+                self.latency = self._measured - began
+                return
+        raise RingBroken(f"no stage has answered for {self._timeout:g} s")
 
     def decode(self, batch: Batch, rows: int) -> int:
         """Run the first `rows` rows; always 0.
@@ -152,6 +174,8 @@ class RingContext:
             self._receive(sent)
 
     def _set_off(self, batch: Batch, rows: int, *, wanted: int) -> None:
+        if not self._begun and time.monotonic() - self._measured > LATENCY_EVERY:
+            self._measure()
         slots = batch.slot[:rows].tolist()
         spans = passes(slots, most=self._most_rows, wanted=wanted)
         self._begun.append([self._send(batch, span) for span in spans])

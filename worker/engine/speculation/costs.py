@@ -1,12 +1,13 @@
 """What a step costs by its number of rows, as calibrated at load and as it goes now. Pure.
 
 The machine's speed drifts by half within minutes, and all widths drift together: so what a step
-takes corrects one factor for all widths quickly, and the width it was measured at slowly.
+takes corrects one factor for all widths quickly, and the width it was measured at slowly. A ring of
+stages adds the way round, which does not depend on the width.
 """
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 __all__ = ("NOMINAL", "StepCost")
 
@@ -20,9 +21,19 @@ _OUTLIER = math.log(3.0)
 
 
 class StepCost:
-    """Seconds of one decode call by rows; `points` are (rows, seconds), both positive."""
+    """Seconds of one decode call by rows.
 
-    def __init__(self, points: Iterable[tuple[int, float]] = NOMINAL) -> None:
+    Args:
+        points: (rows, seconds), both positive; the way round not counted.
+        latency: seconds of the way round, now.
+    """
+
+    def __init__(
+        self,
+        points: Iterable[tuple[int, float]] = NOMINAL,
+        *,
+        latency: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         known = sorted(dict(points).items())
         if not known or any(rows < 1 or seconds <= 0 for rows, seconds in known):
             raise ValueError(f"points are {known}: at least one is needed, all of them positive")
@@ -31,9 +42,13 @@ class StepCost:
         self._speed = 0.0
         """Logarithm of how much slower than calibrated the machine is now."""
         self._known: dict[int, float] = {}
+        self._latency = latency
 
     def seconds(self, rows: int) -> float:
         """Seconds of a call with so many rows, at the machine's present speed."""
+        return self._latency() + self._compute(rows)
+
+    def _compute(self, rows: int) -> float:
         shape = self._known.get(rows)
         if shape is None:
             shape = self._known[rows] = self._interpolate(rows)
@@ -53,8 +68,15 @@ class StepCost:
         return rows * least
 
     def measured(self, rows: int, seconds: float) -> None:
-        """A call with so many rows took so long."""
-        error = math.log(seconds / self.seconds(rows))
+        """A call with so many rows took so long.
+
+        Raises:
+            ValueError: no time at all, or less.
+        """
+        if seconds <= 0:
+            raise ValueError(f"a call took {seconds} s")
+        expected = self._compute(rows)
+        error = math.log(max(seconds - self._latency(), expected / 10) / expected)
         if abs(error) > _OUTLIER:
             # once it is the machine's new speed, and not a disturbance, it comes again and again
             error = math.copysign(_OUTLIER, error) * 0.1

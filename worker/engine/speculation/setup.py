@@ -49,7 +49,7 @@ def make_speculator(
             refusal = f"{Path(config.draft).name} cannot draft for {config.model}: {error}"
             log.warning("draft.refused", draft=config.draft, reason=str(error))
     speculator = Speculator(
-        StepCost(calibration.step_seconds),
+        StepCost(calibration.step_seconds, latency=lambda: context.latency),
         drafter=drafter,
         memory=Memory(config.ngram_memory) if config.ngram_memory else None,
         most_rows=config.step_tokens,
