@@ -21,7 +21,17 @@ import uvloop
 
 from loadtests.engine_driver import EngineDriver
 from loadtests.figures import markdown, median_and_range
-from loadtests.rings import CONTEXT, Target, model_file, pin, rate_of, ring_of, stage_files
+from loadtests.peers.rpc import RPC, rate_over_rpc, rpc_halves
+from loadtests.rings import (
+    CONTEXT,
+    Target,
+    model_file,
+    pin,
+    rate_of,
+    report,
+    ring_of,
+    stage_files,
+)
 from loadtests.stack import Stack
 from shared.model_shape import ModelShape, Scales, Size
 from shared.partition import Host, Stage, deal
@@ -125,7 +135,13 @@ async def _balanced(model: Path, folder: Path, slots: int) -> tuple[tuple[Stage,
 
 
 async def measure(
-    target: Target, streams: tuple[int, ...], tokens: int, reps: int, *, half: bool
+    target: Target,
+    streams: tuple[int, ...],
+    tokens: int,
+    reps: int,
+    *,
+    half: bool,
+    rpc: bool,
 ) -> str:
     """Run all and return the table."""
     options: dict[str, Any] = {"slots": max(streams), "context": CONTEXT, "step_tokens": 256}
@@ -149,12 +165,22 @@ async def measure(
         for engine, cores in zip((*whole, *ring), ({0}, {0, 1}, {0}, {1}), strict=True):
             pin(engine, cores)
         systems = dict(zip(SYSTEMS, (*whole, ring[-1]), strict=True))
+        behind = None
+        if rpc:
+            halves = rpc_halves(
+                model, layers=stages[-1].stop // 2, slots=max(streams), context=CONTEXT
+            )
+            behind = await owner.enter_async_context(halves)
         for rep in range(reps):
             for count in streams:
                 for name, engine in systems.items():
                     rate = await rate_of(engine, count, tokens, 1000 * rep)
                     rates.setdefault((name, count), []).append(rate)
                     sys.stderr.write(f"{rep + 1}/{reps}: {count} at once, {name}: {rate:.1f}\n")
+                if behind is not None:
+                    rate = await rate_over_rpc(behind, count, tokens, 1000 * rep, report)
+                    rates.setdefault((RPC, count), []).append(rate)
+                    sys.stderr.write(f"{rep + 1}/{reps}: {count} at once, RPC: {rate:.1f}\n")
                 bounds.setdefault(count, []).append(await bound.rate(count))
     cuts = ", ".join(f"{s.start}-{s.stop - 1}{'+head' if s.head else ''}" for s in stages)
     sys.stderr.write(f"layers {cuts}\n")
@@ -165,10 +191,13 @@ async def measure(
         beside = [a / b for a, b in zip(split, both, strict=True)]
         most = bounds[count]
         of_bound = [a / b for a, b in zip(split, most, strict=True)]
-        columns = (alone, both, split, most, ratios, beside, of_bound)
+        columns = [alone, both, split, most, ratios, beside, of_bound]
+        if rpc:
+            over = rates[RPC, count]
+            columns += [over, [a / b for a, b in zip(split, over, strict=True)]]
         rows.append((str(count), *map(median_and_range, columns)))
     head = ("at once", *SYSTEMS, "bound", "stages / one core", "/ both cores", "/ bound")
-    return markdown(head, rows)
+    return markdown((*head, "RPC", "stages / RPC") if rpc else head, rows)
 
 
 @app.default
@@ -179,6 +208,7 @@ def main(
     tokens: int = 64,
     reps: int = 5,
     half: Annotated[bool, cyclopts.Parameter(negative=())] = False,
+    rpc: Annotated[bool, cyclopts.Parameter(negative=())] = False,
 ) -> None:
     """Print tokens a second.
 
@@ -188,10 +218,11 @@ def main(
         tokens: of each answer
         reps: repetitions, of which the median is shown
         half: send activations with 16 bits a number, not 32
+        rpc: llama.cpp's RPC as well, half of the layers on each core; `make peers` builds it
     """
     if len(os.sched_getaffinity(0)) < 2:
         raise SystemExit("two cores are needed, one a stage")
-    print(uvloop.run(measure(target, at_once, tokens, reps, half=half)))
+    print(uvloop.run(measure(target, at_once, tokens, reps, half=half, rpc=rpc)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,17 @@ from worker.link import RingPlace
 from worker.model_bytes import FileBytes
 from worker.stage_cut import Wanted
 
-__all__ = ("CONTEXT", "Target", "asked", "model_file", "pin", "rate_of", "ring_of", "stage_files")
+__all__ = (
+    "CONTEXT",
+    "Target",
+    "asked",
+    "model_file",
+    "pin",
+    "rate_of",
+    "report",
+    "ring_of",
+    "stage_files",
+)
 
 Target = Literal["F32", "Q4_0", "Q4_1"]
 CONTEXT = 512

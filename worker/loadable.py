@@ -20,6 +20,7 @@ from worker.drafts import find_draft, read_candidates
 from worker.gguf_file import read_files
 from worker.gguf_header import GgufError, Header, read_header
 from worker.hub import HubSource, at_hand
+from worker.model_bytes import SourceError
 from worker.preparing import ServingSettings, need
 from worker.split_source import SplitSource, split_source
 
@@ -64,7 +65,7 @@ def survey(sources: Sequence[ModelSource], settings: ServingSettings, memory: in
                 split.append(
                     split_source(source, path, header, read_files(path), wanted, half=settings.half)
                 )
-            except GgufError as error:
+            except (GgufError, SourceError) as error:
                 _log.warning("model.not_loadable", model=source.name, reason=str(error))
             continue
         if wanted.least > memory:

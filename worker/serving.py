@@ -30,6 +30,7 @@ from worker.intake import VERSION_HEADER, Rejected, read_request, ticket_of
 from worker.link import EngineStats, Ready, Step, Submit
 from worker.memory_budget import MemoryBudget, NotEnoughMemory
 from worker.model_bytes import SourceError
+from worker.model_state import filled_in, under_all_names
 from worker.part import PartRefused, PartStopped
 from worker.preparing import Prepared, ServingSettings, prepare
 from worker.rate import Rate
@@ -284,48 +285,31 @@ class Serving:
 
     def states(self) -> tuple[ModelState, ...]:
         """The model as beats tell of it, once under each of its names."""
-        admission, header, stats = self._admission, self._header, self._stats
         now = time.time()
         if self.busy:
             self.last_use = now
         if self.state != self._state:
             self._state, self._since = self.state, now
-        ready = self._state == "ready"
-        advice = self._ready.advice if self._ready else ""
-        state = ModelState(
-            name=self.name,
-            state=self._state,
-            slots=admission.slots,
-            free=admission.free if ready else 0,
-            queued=admission.queued,
-            queue_limit=admission.queue_limit,
-            context=self._ready.context if self._ready else 0,
-            kv_used=stats.kv_used,
-            tokens_per_second=round(self._rate.of(stats.completion_tokens, time.monotonic()), 1),
-            embeddings=self._ready.embeddings if self._ready else True,
-            size=header.size if header else 0,
-            created=header.modified if header else 0,
-            detail=self.failure or (advice if ready else self._detail),
-            drafted=stats.drafted,
-            accepted=stats.accepted,
-            cached_tokens=stats.cached_tokens,
-            prompt_tokens=stats.prompt_tokens,
-            drafted_at=stats.drafted_at,
-            accepted_at=stats.accepted_at,
-            gain=round(stats.gain, 3),
-            restarts=self._engine.restarts if self._engine else 0,
-            memory=self._memory,
-            busy=self.busy,
-            since=self._since,
-            last_use=self.last_use,
-            pinned=self._pinned,
+        rate = self._rate.of(self._stats.completion_tokens, time.monotonic())
+        state = filled_in(
+            ModelState(
+                name=self.name,
+                state=self._state,
+                tokens_per_second=round(rate, 1),
+                detail=self.failure or self._detail,
+                restarts=self._engine.restarts if self._engine else 0,
+                memory=self._memory,
+                busy=self.busy,
+                since=self._since,
+                last_use=self.last_use,
+                pinned=self._pinned,
+            ),
+            admission=self._admission,
+            stats=self._stats,
+            engine=self._ready,
+            header=self._header,
         )
-        return tuple(
-            msgspec.structs.replace(state, name=name, alias_of=self.name)
-            if name != self.name
-            else state
-            for name in self._source.names
-        )
+        return under_all_names(state, self._source.names)
 
     def on_loading(self, progress: float) -> None:
         """See EngineEvents."""

@@ -11,6 +11,7 @@ from shared.model_shape import ModelShape
 from worker.catalog import ModelSource
 from worker.gguf_file import GgufFile
 from worker.gguf_header import Header
+from worker.model_bytes import FileBytes
 from worker.preparing import Need
 from worker.shape import shape_of
 
@@ -47,15 +48,21 @@ class SplitSource(msgspec.Struct, frozen=True):
         )
 
 
-def digest_of(parts: Sequence[GgufFile]) -> str:
-    """Names what a model's headers say, so that hosts whose files differ do not share one.
+def digest_of(path: Path, parts: Sequence[GgufFile]) -> str:
+    """Names a model by its headers, vocabulary included, so that hosts whose files differ part.
 
-    Numbers are not read: that would take minutes. Files of other weights under the same names, of
+    Weights are not read: that would take minutes. Files of other weights under the same names, of
     the same types and sizes, with the same values beside them, are taken for the same.
+
+    Raises:
+        SourceError: a file cannot be read.
     """
     told = hashlib.sha256()
-    for part in parts:
-        told.update(repr((sorted(part.values.items()), part.tensors)).encode())
+    source = FileBytes(path)
+    for number, part in enumerate(parts):
+        end = min((tensor.offset for tensor in part.tensors), default=0)
+        for data in source.read(number, 0, end):
+            told.update(data)
     return told.hexdigest()[:16]
 
 
@@ -72,13 +79,14 @@ def split_source(
 
     Raises:
         GgufError: they lack what a model needs.
+        SourceError: a file cannot be read.
     """
     return SplitSource(
         source=source,
         path=path,
         header=header,
         shape=shape_of(parts, source.name),
-        digest=digest_of(parts),
+        digest=digest_of(path, parts),
         context=wanted.context,
         slots=wanted.slots,
         half=half,

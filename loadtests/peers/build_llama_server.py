@@ -1,4 +1,4 @@
-"""Builds llama-server and llama-batched-bench from the source package of llama-cpp-python.
+"""Builds llama-server and other programs of llama.cpp from the source package of llama-cpp-python.
 
 The version is the one that constraints.txt pins, so that the peer has the very llama.cpp our engine
 runs. pip fetches the package; what is built lies in a folder of that version and stays there.
@@ -26,6 +26,7 @@ __all__ = (
     "Stamp",
     "batched_bench",
     "build",
+    "built",
     "built_server",
     "configure_arguments",
     "percent_done",
@@ -35,7 +36,7 @@ __all__ = (
 CACHE = Path("~/.cache/mesh-peers")
 """Where packages, builds and programs are kept; `~` is the user's home."""
 
-PROGRAMS = ("llama-server", "llama-batched-bench")
+PROGRAMS = ("llama-server", "llama-batched-bench", "llama-perplexity", "ggml-rpc-server")
 
 WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 
@@ -44,6 +45,7 @@ OPTIONS = {
     "BUILD_SHARED_LIBS": "OFF",  # programs that can be moved
     # these three as infra/setup_env.py builds our own, which tells why there is no AMX
     "GGML_NATIVE": "ON",
+    "GGML_RPC": "ON",
     "CMAKE_C_FLAGS": WITHOUT_AMX,
     "CMAKE_CXX_FLAGS": WITHOUT_AMX,
     "LLAMA_BUILD_APP": "OFF",
@@ -244,7 +246,12 @@ def build(cache: Path = CACHE, *, jobs: int = 0) -> Path:
     return programs
 
 
-def _built(name: str, cache: Path) -> Path:
+def built(name: str, cache: Path = CACHE) -> Path:
+    """Return the path of one of `PROGRAMS`.
+
+    Raises:
+        BuildFailed: it is not built.
+    """
     home = _version_folder(cache, pinned_version(CONSTRAINTS.read_text(encoding="utf-8")))
     program = home / "bin" / name
     if not program.is_file():
@@ -258,7 +265,7 @@ def built_server(cache: Path = CACHE) -> Path:
     Raises:
         BuildFailed: it is not built.
     """
-    return _built("llama-server", cache)
+    return built("llama-server", cache)
 
 
 def batched_bench(cache: Path = CACHE) -> Path:
@@ -267,7 +274,7 @@ def batched_bench(cache: Path = CACHE) -> Path:
     Raises:
         BuildFailed: it is not built.
     """
-    return _built("llama-batched-bench", cache)
+    return built("llama-batched-bench", cache)
 
 
 app = cyclopts.App(help=__doc__)

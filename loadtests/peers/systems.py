@@ -28,6 +28,7 @@ __all__ = (
     "Plan",
     "System",
     "catalog_text",
+    "healthy",
     "low_port",
     "running",
     "server_arguments",
@@ -121,7 +122,13 @@ def low_port(ports: Sequence[int] = _PORTS) -> int:
     raise StackFailed(f"no free port from {ports[0]} to {ports[-1]}")
 
 
-async def _healthy(port: int, child: Child) -> None:
+async def healthy(port: int, child: Child) -> None:
+    """Wait until a llama-server answers.
+
+    Raises:
+        StackFailed: it has ended.
+        TimeoutError: it does not answer in two minutes.
+    """
     async with asyncio.timeout(_START_SECONDS):
         while child.pid is not None:
             try:
@@ -141,7 +148,7 @@ async def _start_peer(plan: Plan, peer: Peer, folder: Path, exits: AsyncExitStac
     exits.push_async_callback(child.stop, _STOP_SECONDS)
     await child.start()
     try:
-        await _healthy(port, child)
+        await healthy(port, child)
     except TimeoutError:
         raise StackFailed(
             f"{name} was not ready in {_START_SECONDS:g} s: {child.last_words()}"

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,12 +142,16 @@ class Load:
     No request is ever tried again here: what fails has failed.
     """
 
-    def __init__(self, url: str, model: str, *, at_once: int) -> None:
+    def __init__(
+        self, url: str, model: str, *, at_once: int, mix: Sequence[Kind] = MIX, timeout: float = 60
+    ) -> None:
         self.outcomes: list[Outcome] = []
         self.enough = asyncio.Event()
         self._url = url
         self._model = model
         self._at_once = at_once
+        self._mix = mix
+        self._timeout = timeout
         self._numbers = itertools.count()
 
     async def run(self, most: int | None = None) -> None:
@@ -155,7 +159,7 @@ class Load:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self._at_once // 2)
         async with (
             httpx.AsyncClient(
-                base_url=self._url, timeout=60, limits=limits, trust_env=False
+                base_url=self._url, timeout=self._timeout, limits=limits, trust_env=False
             ) as client,
             asyncio.TaskGroup() as group,
         ):
@@ -167,7 +171,7 @@ class Load:
             number = next(self._numbers)
             if most is not None and number >= most:
                 return
-            kind = MIX[number % len(MIX)]
+            kind = self._mix[number % len(self._mix)]
             began = time.monotonic()
             error: Exception | None = None
             try:

@@ -64,7 +64,11 @@ def brought_up(folder: Path, workers: int) -> MeshUp:
     )
 
 
-@pytest.fixture(scope="module", params=sorted(SIZES), ids=lambda n: f"{n}-workers")
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(2, marks=pytest.mark.slow), 3],
+    ids=lambda n: f"{n}-workers",
+)
 def split(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[MeshUp]:
@@ -163,7 +167,14 @@ class Stream:
         return max(b - a for a, b in zip(self.times, self.times[1:], strict=False))
 
 
-@pytest.mark.parametrize("victim", ["engine of a stage", "worker of a stage", "engine of the head"])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        pytest.param("engine of a stage", marks=pytest.mark.slow),
+        pytest.param("worker of a stage", marks=pytest.mark.slow),
+        "engine of the head",
+    ],
+)
 def test_an_answer_outlives_a_part(
     tmp_path: Path, alone: list[str], victim: str, mesh_system: MeshUp
 ) -> None:
@@ -198,6 +209,8 @@ def test_an_answer_outlives_a_part(
         assert killed, log
         assert stream.done, system.story()
         assert stream.text == undisturbed, system.story()
+        # What is loaded is not loaded again.
+        assert ("stage.rejoins" in system.story()) == (victim != "engine of a stage")
         print(f"{victim}: longest pause {stream.longest_pause:.1f} s")
         assert system.end() == 0, system.story()
         assert system.left() == []

@@ -38,6 +38,7 @@ from worker.link import (
     EngineConfig,
     EngineStats,
     Failed,
+    Join,
     Loading,
     Mail,
     Ready,
@@ -115,6 +116,10 @@ class Engine:
         if config.model.startswith("crash"):
             print("GGML_ASSERT(false) failed while loading", file=sys.stderr, flush=True)
             os.abort()
+        self.ready()
+
+    def ready(self) -> None:
+        config = self.config
         self.send(Ready(context=config.context or 2048, slots=config.slots, threads=1))
 
     def serve(self) -> None:
@@ -129,9 +134,12 @@ class Engine:
             self.start()
             self.step(ended)
 
-    def obey(self, message: Submit | CancelAttempts | Stop, ended: list[int]) -> None:
+    def obey(self, message: Submit | CancelAttempts | Join | Stop, ended: list[int]) -> None:
         if isinstance(message, Stop):
             sys.exit(0)
+        if isinstance(message, Join):
+            self.ready()
+            return
         if isinstance(message, CancelAttempts):
             ended += [
                 attempt

@@ -1,0 +1,286 @@
+"""Workers that cannot hold a model alone, with engine processes that play one: groups of them."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import msgspec
+import numpy as np
+import psutil
+import pytest
+
+from shared import subjects
+from shared.demand import encode_entry
+from shared.groups import Group, StageState
+from shared.kv import DEMAND, MODELS, ROLES, WORKERS, Entry, Kv
+from shared.leases import Lease
+from shared.ledger import DemandLedger
+from shared.presence import Beat
+from shared.protocol import End, Fail, Handback
+from shared.replicas import Timing
+from shared.settings import SettingsAnnouncer
+from worker import stages
+from worker.outlook import Outlook
+
+pytestmark = pytest.mark.nats
+
+BRISK = Timing(idle_after=1.0, evict_after=0.3, least_stay=0.3, settle=0.3)
+LAYERS, WIDTH = 8, 256
+ROOM = 8 << 20
+"""Bytes: too few for the model, which takes some 12 MB, and enough for half of it."""
+SMALL = {"context": 256, "slots": 1, "prefix_memory": 0, "speculation": "off", "memory": ROOM}
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Decide as soon as the settings are known; cut into a folder of the test's own."""
+    monkeypatch.setattr(Outlook, "complete", property(lambda outlook: outlook.settings.known))
+    monkeypatch.setenv("MESH_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def write_gguf() -> Callable[[Path], Path]:
+    """Write a model with layers of a megabyte each."""
+
+    def write(path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_block_count(LAYERS)
+        writer.add_context_length(2048)
+        writer.add_embedding_length(WIDTH)
+        writer.add_head_count(1)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list([f"t{number}" for number in range(64)])
+        writer.add_tensor("token_embd.weight", np.zeros((64, WIDTH), dtype=np.float32))
+        for number in range(LAYERS):
+            weights = np.full((1024, WIDTH), number, dtype=np.float32)
+            writer.add_tensor(f"blk.{number}.attn_q.weight", weights)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write
+
+
+class Side:
+    """What routers do for workers, and what they hear."""
+
+    def __init__(self, router: Any) -> None:
+        self.router = router
+        self.kv = Kv(router.bus)
+        self.ledger = DemandLedger(router.bus.identity)
+        self.leases: dict[str, Entry] = {}
+
+    async def open(self) -> None:
+        await self.kv.make(DEMAND, ROLES, WORKERS, MODELS)
+        await self.kv.follow(ROLES, lambda entry: self.leases.__setitem__(entry.key, entry))
+
+    async def run(self) -> None:
+        while True:
+            for entry in self.ledger.due(time.time()):
+                key = subjects.demand_key(entry.model, entry.router)
+                await self.kv.tell(DEMAND, key, encode_entry(entry))
+            await asyncio.sleep(0.05)
+
+    def group(self, model: str) -> Group | None:
+        entry = self.leases.get(subjects.lease_key(model, 0))
+        if entry is None or entry.value is None:
+            return None
+        return msgspec.json.decode(entry.value, type=Lease).group
+
+    async def formed(self, model: str, *, other_than: str = "") -> Group:
+        """The group, once its head serves and all its stages are ready."""
+        async with asyncio.timeout(30):
+            while True:
+                group = self.group(model)
+                if group is not None and group.id != other_than and self.complete(group):
+                    return group
+                await asyncio.sleep(0.02)
+
+    def complete(self, group: Group) -> bool:
+        return all(
+            any(
+                stage.group == group.id and stage.state == "ready"
+                for stage in self.last(worker).stages
+            )
+            for worker in group.workers
+        )
+
+    def last(self, worker: str) -> Beat:
+        """What a worker has told last."""
+        mine = (beat for beat in reversed(self.router.beats) if beat.worker == worker)
+        return next(mine, Beat(worker, "standby", 0))
+
+
+@pytest.fixture
+async def side(router: Any) -> AsyncIterator[Side]:
+    side = Side(router)
+    await side.open()
+    announcer = SettingsAnnouncer(router.bus)
+    tasks = [asyncio.create_task(work) for work in (side.run(), announcer.run())]
+    yield side
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for entry in await side.kv.read(DEMAND):
+        if entry.key.endswith(f".{router.bus.identity}"):
+            await side.kv.delete(DEMAND, entry.key)
+
+
+def member(group: Group) -> str:
+    (name,) = [worker for worker in group.workers if worker != group.head.worker]
+    return name
+
+
+def stage_processes(running: list[Any]) -> list[psutil.Process]:
+    """Engines beside those of heads."""
+    heads = {pid for one in running for pid in one.agent.engine_pids.values()}
+    return [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "fake_engine.py" in " ".join(child.cmdline()) and child.pid not in heads
+    ]
+
+
+async def test_what_is_asked_for_is_carried_by_two_and_let_go_of_without_use(
+    start: Any, router: Any, side: Side, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "KEEP_SECONDS", 0.5)
+    for name in ("worker-1", "worker-2"):
+        await start(unique, name=name, standby=True, timing=BRISK, **SMALL)
+        beat = await router.beat(name, lambda beat: bool(beat.parts))
+        assert beat.able == ()
+        assert [part.name for part in beat.parts] == [unique]
+    side.ledger.waits(unique, time.time())
+    group = await side.formed(unique)
+    first, head = group.parts
+    assert (first.start, first.stop, head.stop) == (0, head.start, LAYERS)
+    assert {first.worker, head.worker} == {"worker-1", "worker-2"}
+    assert all(part.memory <= ROOM for part in group.parts)
+    (stage,) = side.last(first.worker).stages
+    assert (stage.model, stage.start, stage.stop, stage.memory) == (
+        *(unique, first.start, first.stop),
+        first.memory,
+    )
+    side.ledger.waits_no_more(unique, time.time())
+    assert isinstance(await (await router.ask("tokens=2", model=unique)).last(), End)
+    for worker in group.workers:
+        await router.beat(worker, lambda beat: not (beat.models or beat.stages))
+    assert side.group(unique) is None
+
+
+async def test_what_an_operator_has_named_is_carried_without_demand(
+    start: Any, router: Any, side: Side, unique: str
+) -> None:
+    for name in ("worker-1", "worker-2"):
+        await start(unique, name=name, ready=False, timing=BRISK, **SMALL)
+    group = await side.formed(unique)
+    assert isinstance(await (await router.ask("tokens=2", model=unique)).last(), End)
+    await asyncio.sleep(BRISK.idle_after + 1.0)
+    assert side.group(unique) == group
+    change = side.last(group.head.worker).changes[-1]
+    assert change.reason == f"at least 1; with {member(group)}"
+
+
+async def test_a_part_that_is_lost_ends_the_group_and_another_is_formed(
+    start: Any, router: Any, side: Side, unique: str
+) -> None:
+    running = [
+        await start(unique, name=name, ready=False, timing=BRISK, **SMALL)
+        for name in ("worker-1", "worker-2")
+    ]
+    group = await side.formed(unique)
+    stream = await router.ask("tokens=500 every=0.05", model=unique)
+    await stream.until(lambda asked: len(asked.frames) > 2)
+    (stage,) = stage_processes(running)
+    stage.kill()
+    end = await stream.last()
+    assert isinstance(end, Fail)
+    assert end.lost
+    again = await side.formed(unique, other_than=group.id)
+    # Who is left has what it had.
+    assert again.parts == group.parts
+    assert isinstance(await (await router.ask("tokens=2", model=unique)).last(), End)
+    assert "killed by SIGKILL" in side.last(group.head.worker).changes[-2].reason
+
+
+async def test_when_the_head_is_lost_the_others_keep_what_is_loaded(
+    start: Any, router: Any, side: Side, unique: str
+) -> None:
+    running = [
+        await start(unique, name=name, ready=False, timing=BRISK, **SMALL)
+        for name in ("worker-1", "worker-2")
+    ]
+    group = await side.formed(unique)
+    (stage,) = stage_processes(running)
+    (head,) = [pid for one in running for pid in one.agent.engine_pids.values()]
+    os.kill(head, 9)
+    again = await side.formed(unique, other_than=group.id)
+    assert again.parts == group.parts
+    assert stage_processes(running) == [stage]
+
+
+async def test_a_worker_that_leaves_is_waited_for(
+    start: Any, router: Any, side: Side, unique: str
+) -> None:
+    running = {
+        name: await start(unique, name=name, ready=False, timing=BRISK, **SMALL)
+        for name in ("worker-1", "worker-2")
+    }
+    group = await side.formed(unique)
+    stream = await router.ask("tokens=40 every=0.05", model=unique)
+    await stream.until(lambda asked: len(asked.frames) > 2)
+    leaving = running[member(group)]
+    leaving.agent.stop()
+    end = await stream.last()
+    assert isinstance(end, End)
+    # It was offered to others, of which there are none.
+    assert any(isinstance(frame, Handback) for frame in stream.frames)
+    async with asyncio.timeout(20):
+        await leaving.task
+    assert side.last(group.head.worker).changes[-1].reason == f"{leaving.name} leaves"
+
+
+async def test_workers_that_are_too_small_together_say_so(
+    start: Any, router: Any, side: Side, unique: str
+) -> None:
+    for name in ("worker-1", "worker-2"):
+        await start(unique, name=name, ready=False, timing=BRISK, **(SMALL | {"memory": 5 << 20}))
+    for name in ("worker-1", "worker-2"):
+        beat = await router.beat(name, lambda beat: any(part.missing for part in beat.parts))
+        (part,) = beat.parts
+        assert "no host holds it alone" in part.missing
+        assert part.pinned
+    assert side.group(unique) is None
+
+
+async def test_files_that_differ_are_not_joined(
+    start: Any,
+    router: Any,
+    side: Side,
+    unique: str,
+    write_gguf: Callable[[Path], Path],
+    tmp_path: Path,
+) -> None:
+    write_gguf(tmp_path / "worker-1" / f"{unique}.gguf")
+    other = tmp_path / "worker-2" / f"{unique}.gguf"
+    write_gguf(other)
+    data = other.read_bytes()
+    other.write_bytes(data.replace(b"t63", b"u63"))
+    for name in ("worker-1", "worker-2"):
+        await start(unique, name=name, ready=False, timing=BRISK, **SMALL)
+    for name in ("worker-1", "worker-2"):
+        await router.beat(name, lambda beat: any(part.missing for part in beat.parts))
+    assert side.group(unique) is None
+
+
+def test_what_is_promised_counts_and_what_is_kept_does_not() -> None:
+    states = ("loading", "ready", "failed", "kept")
+    taken = [StageState("g", "m", 0, 1, 7, state).taken for state in states]
+    assert taken == [7, 7, 0, 0]
