@@ -24,7 +24,16 @@ from rich.progress import (
 
 from worker.gguf_header import split_parts
 
-__all__ = ("DownloadStopped", "HubError", "HubSource", "at_hand", "fetch", "parse_source")
+__all__ = (
+    "DownloadStopped",
+    "HubError",
+    "HubSource",
+    "address",
+    "at_hand",
+    "credentials",
+    "fetch",
+    "parse_source",
+)
 
 PREFIX = "hf:"
 
@@ -78,6 +87,21 @@ def at_hand(source: HubSource, cache: Path | None) -> Path | None:
     ]
     found = [Path(path) for path in paths if isinstance(path, str)]
     return found[0] if len(found) == len(paths) else None
+
+
+def address(source: HubSource) -> str:
+    """URL of the (first) file, for reading parts of it."""
+    from huggingface_hub import hf_hub_url
+
+    return hf_hub_url(source.repo, source.file, revision=source.revision)
+
+
+def credentials() -> dict[str, str]:
+    """Headers that the hub knows the user by, if it does."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return {"authorization": f"Bearer {token}"} if token else {}
 
 
 def fetch(

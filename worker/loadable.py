@@ -7,7 +7,7 @@ that it would take. Nothing is downloaded for it, and llama.cpp is not asked: a 
 each file, so that what is told is an estimate of the kind that the loading itself starts from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +17,11 @@ from shared.planning import SPLITTABLE
 from shared.presence import LoadableModel
 from worker.catalog import ModelSource
 from worker.drafts import find_draft, read_candidates
-from worker.gguf_file import read_files
-from worker.gguf_header import GgufError, Header, read_header
-from worker.hub import HubSource, at_hand
+from worker.gguf_header import GgufError, Header, header_of, read_header
+from worker.hub import HubSource, address, at_hand
 from worker.model_bytes import SourceError
-from worker.preparing import ServingSettings, need
-from worker.split_source import SplitSource, split_source
+from worker.preparing import Need, ServingSettings, need
+from worker.split_source import SplitSource, opened, split_source
 
 __all__ = ("Survey", "survey")
 
@@ -41,39 +40,42 @@ class Survey(NamedTuple):
     """Those of which only a part could."""
 
 
-def survey(sources: Sequence[ModelSource], settings: ServingSettings, memory: int) -> Survey:
+def survey(
+    sources: Sequence[ModelSource],
+    settings: ServingSettings,
+    memory: int,
+    named: Container[str] = (),
+) -> Survey:
     """List the models that could be loaded into `memory` bytes, each alone. Blocks.
 
     A model that wants more than there is, is told with all of `memory`, as long as the least that
     it needs is there. One whose file is broken is left out and logged; so is one that is too large
     and cannot be split.
+
+    Args:
+        sources: the models.
+        settings: for what their own options leave open.
+        memory: bytes.
+        named: those that are to be served whatever happens: if they are on the hub, their headers
+            are read there, so that of one that is too large only a part is fetched.
     """
     found: list[LoadableModel] = []
     split: list[SplitSource] = []
     for source in sources:
         path = _path(source.file, settings.cache)
-        if path is None:
+        place = path or _remote(source, named)
+        if place is None:
             continue
         try:
-            header = read_header(path)
-        except GgufError as error:
+            header = _header(place)
+            wanted = need(source, settings, header, _draft(source, settings, header))
+            if wanted.least > memory:
+                split.append(_split(source, place, header, wanted, settings, memory))
+                continue
+        except (GgufError, SourceError) as error:
             _log.warning("model.not_loadable", model=source.name, reason=str(error))
             continue
-        wanted = need(source, settings, header, _draft(source, settings, header))
-        if wanted.least > memory and header.architecture in SPLITTABLE and header.block_count > 1:
-            try:
-                split.append(
-                    split_source(source, path, header, read_files(path), wanted, half=settings.half)
-                )
-            except (GgufError, SourceError) as error:
-                _log.warning("model.not_loadable", model=source.name, reason=str(error))
-            continue
-        if wanted.least > memory:
-            _log.warning(
-                "model.not_loadable",
-                model=source.name,
-                reason=f"it needs {wanted.least} bytes, there are {memory}",
-            )
+        if path is None:
             continue
         engine = wanted.wish + wanted.draft
         prefixes = min(settings.prefix_memory, engine // PREFIX_SHARE)
@@ -93,6 +95,33 @@ def survey(sources: Sequence[ModelSource], settings: ServingSettings, memory: in
         tuple(sorted(found, key=lambda model: model.name)),
         tuple(sorted(split, key=lambda one: one.source.name)),
     )
+
+
+def _split(
+    source: ModelSource,
+    place: Path | str,
+    header: Header,
+    wanted: Need,
+    settings: ServingSettings,
+    memory: int,
+) -> SplitSource:
+    """A model that is too large; raises GgufError where it cannot be split."""
+    if header.architecture not in SPLITTABLE or header.block_count < 2:
+        raise GgufError(f"it needs {wanted.least} bytes, there are {memory}")
+    return split_source(source, place, header, wanted, half=settings.half)
+
+
+def _remote(source: ModelSource, named: Container[str]) -> str | None:
+    if isinstance(source.file, Path) or source.name not in named:
+        return None
+    return address(source.file)
+
+
+def _header(place: Path | str) -> Header:
+    if isinstance(place, Path):
+        return read_header(place)
+    with opened(place) as model:
+        return header_of(model.headers(), path=place)
 
 
 def _draft(source: ModelSource, settings: ServingSettings, target: Header) -> Header | None:

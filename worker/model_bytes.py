@@ -5,7 +5,7 @@ come from one place. A server must take ranges (RFC 9110, section 14), and the f
 same while it is read: `If-Match` with its ETag sees to that, where it has one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -187,14 +187,20 @@ def _why(error: Exception) -> str:
 
 
 @contextmanager
-def open_model(source: str | Path) -> Iterator[ModelBytes]:
+def open_model(
+    source: str | Path, headers: Mapping[str, str] | None = None
+) -> Iterator[ModelBytes]:
     """A model by its path or its URL; of a split one, its first part's.
+
+    Args:
+        source: where it is.
+        headers: for the server, as credentials; not sent to another one that it refers to.
 
     Raises:
         SourceError: it is neither.
     """
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        with httpx.Client(timeout=_TIMEOUT, follow_redirects=True) as client:
+        with httpx.Client(timeout=_TIMEOUT, follow_redirects=True, headers=headers) as client:
             yield HttpBytes(source, client)
     elif isinstance(source, str) and "://" in source:
         raise SourceError(f"{source!r}: wanted a path, or a URL with http or https")

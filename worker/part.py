@@ -6,6 +6,7 @@ The stage's file is cut from the model's, once; only the part's own bytes are re
 import asyncio
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
@@ -14,9 +15,8 @@ from shared.groups import Group
 from worker.cache_folder import cache_folder
 from worker.cut_file import make_stage
 from worker.link import EngineConfig, RingPlace
-from worker.model_bytes import FileBytes
 from worker.preparing import ALL_LAYERS, ServingSettings
-from worker.split_source import SplitSource
+from worker.split_source import SplitSource, opened
 from worker.stage_cut import Wanted
 
 __all__ = ("PartRefused", "PartStopped", "place_in", "prepare_part")
@@ -61,13 +61,14 @@ async def prepare_part(
     if index is None:
         raise PartRefused(f"{worker} has no part in group {group.id}")
     if split.digest != group.digest:
-        raise PartRefused(f"{split.path.name} here is another file than the head's")
+        raise PartRefused(f"the file of {split.source.name} here is another one than the head's")
     part = group.parts[index]
     if part.stop > split.header.block_count:
-        raise PartRefused(f"{split.path.name} has {split.header.block_count} layers")
+        raise PartRefused(f"{split.source.name} has {split.header.block_count} layers")
     alone = len(group.parts) == 1
-    path = split.path
-    if not alone:
+    if alone and isinstance(split.place, Path):
+        path = split.place
+    else:
         wanted = Wanted(part.start, part.stop, head=part is group.head)
 
         def progress(done: int, size: int) -> None:
@@ -75,10 +76,7 @@ async def prepare_part(
                 raise PartStopped
             tell(f"cutting layers {part.start} to {part.stop - 1}: {done / size:.0%}")
 
-        made = await asyncio.to_thread(
-            make_stage, FileBytes(path), wanted, cache_folder() / "stages", progress=progress
-        )
-        path = made.path
+        path = await asyncio.to_thread(_made, split.place, wanted, progress)
     options = split.source.options
     layers = settings.gpu_layers if options.gpu_layers is None else options.gpu_layers
     asked = options.speculation or settings.speculation
@@ -100,6 +98,11 @@ async def prepare_part(
     if alone:
         return config
     return msgspec.structs.replace(config, ring=place_in(group, worker, nats))
+
+
+def _made(place: Path | str, wanted: Wanted, progress: Callable[[int, int], None]) -> Path:
+    with opened(place) as model:
+        return make_stage(model, wanted, cache_folder() / "stages", progress=progress).path
 
 
 def place_in(group: Group, worker: str, nats: str) -> RingPlace:

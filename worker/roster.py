@@ -160,7 +160,8 @@ class Roster:
     async def survey(self) -> None:
         """Find out what could be loaded: in a thread, for there may be hundreds of files."""
         sources = (*self._pinned, *self._roles.values())
-        found = await asyncio.to_thread(survey, sources, self._settings, self._memory)
+        named = {source.name for source in self._pinned}
+        found = await asyncio.to_thread(survey, sources, self._settings, self._memory, named)
         self._loadable = found.whole
         self._split.update({split.source.name: split for split in found.split})
         self._around.on_change()

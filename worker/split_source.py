@@ -1,7 +1,8 @@
 """A model of the catalog that is too large for this worker alone: what planning it takes."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -11,19 +12,20 @@ from shared.model_shape import ModelShape
 from worker.catalog import ModelSource
 from worker.gguf_file import GgufFile
 from worker.gguf_header import Header
-from worker.model_bytes import FileBytes
+from worker.hub import credentials
+from worker.model_bytes import ModelBytes, open_model
 from worker.preparing import Need
 from worker.shape import shape_of
 
-__all__ = ("SplitSource", "digest_of", "split_source")
+__all__ = ("SplitSource", "digest_of", "opened", "split_source")
 
 
 class SplitSource(msgspec.Struct, frozen=True):
     """Where it is, what it is, and what is asked of it."""
 
     source: ModelSource
-    path: Path
-    """Of a split file, its first part."""
+    place: Path | str
+    """Path or URL; of a split file, its first part's."""
     header: Header
     shape: ModelShape
     digest: str
@@ -48,7 +50,7 @@ class SplitSource(msgspec.Struct, frozen=True):
         )
 
 
-def digest_of(path: Path, parts: Sequence[GgufFile]) -> str:
+def digest_of(model: ModelBytes, parts: Sequence[GgufFile]) -> str:
     """Names a model by its headers, vocabulary included, so that hosts whose files differ part.
 
     Weights are not read: that would take minutes. Files of other weights under the same names, of
@@ -58,36 +60,44 @@ def digest_of(path: Path, parts: Sequence[GgufFile]) -> str:
         SourceError: a file cannot be read.
     """
     told = hashlib.sha256()
-    source = FileBytes(path)
     for number, part in enumerate(parts):
         end = min((tensor.offset for tensor in part.tensors), default=0)
-        for data in source.read(number, 0, end):
+        for data in model.read(number, 0, end):
             told.update(data)
     return told.hexdigest()[:16]
 
 
+@contextmanager
+def opened(place: Path | str) -> Iterator[ModelBytes]:
+    """The bytes of a model here, or on the hub; raises as `open_model`."""
+    headers = None if isinstance(place, Path) else credentials()
+    with open_model(place, headers) as model:
+        yield model
+
+
 def split_source(
     source: ModelSource,
-    path: Path,
+    place: Path | str,
     header: Header,
-    parts: Sequence[GgufFile],
     wanted: Need,
     *,
     half: bool = False,
 ) -> SplitSource:
-    """Take what is needed from the headers of its files.
+    """Read what is needed from the headers of its files.
 
     Raises:
         GgufError: they lack what a model needs.
         SourceError: a file cannot be read.
     """
-    return SplitSource(
-        source=source,
-        path=path,
-        header=header,
-        shape=shape_of(parts, source.name),
-        digest=digest_of(path, parts),
-        context=wanted.context,
-        slots=wanted.slots,
-        half=half,
-    )
+    with opened(place) as model:
+        parts = model.headers()
+        return SplitSource(
+            source=source,
+            place=place,
+            header=header,
+            shape=shape_of(parts, source.name),
+            digest=digest_of(model, parts),
+            context=wanted.context,
+            slots=wanted.slots,
+            half=half,
+        )

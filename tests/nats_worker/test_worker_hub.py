@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
 from worker.hub import HubError, HubSource, parse_source
@@ -36,6 +38,33 @@ except (HubError, DownloadStopped) as error:
 """
 
 
+CARRY = """
+import asyncio, json, sys, threading
+from pathlib import Path
+from shared.groups import Group, Part
+from worker.catalog import ModelOptions, ModelSource
+from worker.hub import parse_source
+from worker.loadable import survey
+from worker.part import prepare_part
+from worker.preparing import ServingSettings
+source = parse_source(sys.argv[1])
+model = ModelSource("m", source, ModelOptions(file=sys.argv[1]))
+settings = ServingSettings(slots=1, context=256, cache=Path(sys.argv[2]), speculation="off")
+named = {"m"} if sys.argv[3] == "named" else set()
+found = survey([model], settings, 4 << 20, named)
+told = {"whole": len(found.whole), "split": [s.source.name for s in found.split]}
+if found.split:
+    (split,) = found.split
+    group = Group("g", split.digest, (Part("a", 0, 1, 1), Part("b", 1, 6, 1)), 1, 256, 32)
+    config = asyncio.run(prepare_part(
+        split, settings, group, worker="a", nats="nats://a:b@127.0.0.1:1",
+        stopping=threading.Event(), tell=lambda _: None,
+    ))
+    told["path"] = config.path
+print(json.dumps(told))
+"""
+
+
 class Hub(http.server.ThreadingHTTPServer):
     """Serves `/<owner>/<repo>/resolve/<revision>/<file>` from a dictionary."""
 
@@ -44,6 +73,8 @@ class Hub(http.server.ThreadingHTTPServer):
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
         self.requests: list[str] = []
+        self.ranges: list[int] = []
+        """Bytes of each part of a file that was asked for."""
         super().__init__(("127.0.0.1", 0), HubHandler)
 
     @property
@@ -73,8 +104,17 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        self.send_response(200)
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        whole, asked = data, self.headers.get("Range")
+        if asked:
+            first, last = map(int, asked.removeprefix("bytes=").split("-"))
+            data = data[first : last + 1]
+            self.server.ranges.append(len(data))
+            self.send_response(206)
+            told = f"bytes {first}-{first + len(data) - 1}/{len(whole)}"
+            self.send_header("Content-Range", told)
+        else:
+            self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha256(whole).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(data)))
@@ -134,6 +174,55 @@ def test_a_file_is_downloaded_with_progress_and_then_kept(hub: Hub, fetched, tmp
     again = fetched("hf:owner/repo:tiny.gguf", hub.url)
     assert again == {"path": str(path), "seen": []}
     assert [request for request in hub.requests if request.startswith("GET")] == gets
+
+
+def test_of_a_model_that_is_too_large_only_a_part_comes(hub: Hub, tmp_path: Path):
+    """Six layers of a megabyte each, of which this worker is to have one."""
+    file = write_layers(tmp_path / "large.gguf")
+    hub.files["owner/repo:large.gguf"] = data = file.read_bytes()
+
+    def carry(named: str) -> dict:
+        cache = str(tmp_path / "cache")
+        done = subprocess.run(
+            [sys.executable, "-c", CARRY, "hf:owner/repo:large.gguf", cache, named],
+            env=os.environ | {"HF_ENDPOINT": hub.url, "MESH_CACHE_DIR": cache},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=100,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    # Of what nobody has named nothing is looked at.
+    assert carry("") == {"whole": 0, "split": []}
+    assert hub.requests == []
+    told = carry("named")
+    assert (told["whole"], told["split"]) == (0, ["m"])
+    stage = Path(told["path"])
+    assert 1 << 20 < stage.stat().st_size < (1 << 20) + 100_000
+    assert len(data) > 6 << 20
+    # The first megabyte three times, for the header, and the layer.
+    assert sum(hub.ranges) < 4.01 * (1 << 20)
+
+
+def write_layers(path: Path) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(6)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(256)
+    writer.add_head_count(1)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b"])
+    writer.add_tensor("token_embd.weight", np.zeros((2, 256), dtype=np.float32))
+    for number in range(6):
+        weights = np.full((1024, 256), number, dtype=np.float32)
+        writer.add_tensor(f"blk.{number}.attn_q.weight", weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def test_all_parts_of_a_split_model_come(hub: Hub, fetched):
