@@ -7,8 +7,9 @@ that ends in `.partial`, and takes its own name when it is whole and its header 
 
 import fcntl
 import os
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from worker.gguf_cut import Cut, Piece
@@ -16,7 +17,12 @@ from worker.gguf_file import GgufError, read_files
 from worker.model_bytes import ModelBytes, SourceError
 from worker.stage_cut import Wanted, cut, ends_at
 
-__all__ = ("MadeFile", "make_file", "make_stage")
+__all__ = ("MadeFile", "drop_unused", "make_file", "make_stage")
+
+UNUSED_SECONDS = 24 * 3600.0
+"""How long a stage's file is kept at least since it was last asked for."""
+KEPT_FILES = 8
+"""Files of a model's stages that are kept however old they are."""
 
 _ZEROS = bytes(2**16)
 _DIGITS = 16
@@ -76,6 +82,7 @@ def make_file(
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(path.with_name(f".{path.name}.lock")):
             if path.exists():
+                path.touch()  # it is in use: see `drop_unused`
                 progress(plan.size, plan.size)
                 return MadeFile(path, plan, 0)
             partial = path.with_name(f".{path.name}.partial")
@@ -85,6 +92,35 @@ def make_file(
     except OSError as error:
         raise SourceError(f"{error.filename or folder}: {error.strerror or error}") from error
     return MadeFile(path, plan, fetched)
+
+
+def drop_unused(folder: Path, model: str, *, now: float) -> list[Path]:
+    """Remove files of a model's stages that nobody has asked for of late, but for the newest.
+
+    Groups are formed anew with other cuts, and each leaves a file. One that an engine has loaded
+    may go: its pages stay until the engine ends.
+
+    Args:
+        folder: where they are.
+        model: the model's name, as `make_stage` was given it.
+        now: Unix time.
+
+    Returns:
+        What was removed.
+    """
+    named = re.compile(rf"{re.escape(model)}\.\d+-\d+h?\.[0-9a-f]{{{_DIGITS}}}\.gguf")
+    found: list[tuple[float, Path]] = []
+    for path in folder.glob("*.gguf"):
+        # Another worker on this host may be removing the same.
+        with suppress(FileNotFoundError):
+            if named.fullmatch(path.name):
+                found.append((path.stat().st_mtime, path))
+    found.sort(reverse=True)
+    gone = [path for used, path in found[KEPT_FILES:] if now - used > UNUSED_SECONDS]
+    for path in gone:
+        path.unlink(missing_ok=True)
+        path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
+    return gone
 
 
 @contextmanager

@@ -5,6 +5,7 @@ The stage's file is cut from the model's, once; only the part's own bytes are re
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import msgspec
 from shared.broker_config import ring_url, ring_user
 from shared.groups import Group
 from worker.cache_folder import cache_folder
-from worker.cut_file import make_stage
+from worker.cut_file import drop_unused, make_stage
 from worker.link import EngineConfig, RingPlace
 from worker.preparing import ALL_LAYERS, ServingSettings
 from worker.split_source import SplitSource, opened
@@ -101,8 +102,11 @@ async def prepare_part(
 
 
 def _made(place: Path | str, wanted: Wanted, progress: Callable[[int, int], None]) -> Path:
+    folder = cache_folder() / "stages"
     with opened(place) as model:
-        return make_stage(model, wanted, cache_folder() / "stages", progress=progress).path
+        made = make_stage(model, wanted, folder, progress=progress)
+        drop_unused(folder, model.name, now=time.time())
+    return made.path
 
 
 def place_in(group: Group, worker: str, nats: str) -> RingPlace:

@@ -1,5 +1,6 @@
 """Stage files: what they hold, where their bytes come from, and what a break leaves."""
 
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.cut_file import MadeFile, make_stage
+from worker import cut_file
+from worker.cut_file import MadeFile, drop_unused, make_stage
 from worker.gguf_file import GgufError, read_files
 from worker.model_bytes import FileBytes, HttpBytes, SourceError, open_model
 from worker.shape import read_shape
@@ -176,6 +178,32 @@ def test_what_was_begun_is_gone_on_with(tmp_path_factory: pytest.TempPathFactory
         assert again.fetched < again.plan.fetched
     assert tensors_of(again.path) == tensors_of(cut_of(model, HEAD, folder / "anew").path)
     assert not list((folder / "cut").glob(".*.partial"))
+
+
+def test_of_old_files_the_newest_are_kept_and_those_in_use(model: Path, tmp_path: Path):
+    day = cut_file.UNUSED_SECONDS
+    now = 100 * day
+    made = [
+        cut_of(model, Wanted(start, stop, head=False), tmp_path).path
+        for start in range(4)
+        for stop in range(start + 1, 5)
+    ]
+    other = tmp_path / "other.0-1.0123456789abcdef.gguf"
+    shard = made[0].with_name(made[0].name.replace(".0-", ".shard-1-of-2-"))
+    for path in (other, shard):
+        path.write_bytes(b"")
+    assert len(made) > cut_file.KEPT_FILES
+    for age, path in enumerate(made):
+        os.utime(path, (0, now - age * day / 20))
+    assert drop_unused(tmp_path, FileBytes(model).name, now=now) == []
+    for age, path in enumerate(made):
+        os.utime(path, (0, now - (age + 1) * day * 1.1))
+    # One of the oldest is asked for once more.
+    assert cut_of(model, Wanted(3, 4, head=False), tmp_path).path == made[-1]
+    gone = drop_unused(tmp_path, FileBytes(model).name, now=now)
+    assert gone == made[cut_file.KEPT_FILES - 1 : -1]
+    left = {path for path in tmp_path.iterdir() if path.suffix == ".gguf"}
+    assert left == {*made, other, shard} - set(gone)
 
 
 def test_what_came_out_broken_is_removed(model: Path, tmp_path: Path):
