@@ -17,6 +17,7 @@ import structlog
 from shared.groups import Group, SplitModel, StageState
 from shared.model_shape import ModelShape
 from shared.presence import LoadableModel, ModelState
+from shared.sizes import format_size
 from worker.catalog import ModelSource
 from worker.loadable import survey
 from worker.memory_budget import MemoryBudget
@@ -151,6 +152,8 @@ class Roster:
         """Tell others why a model cannot be carried; empty: it can."""
         if self._missing.get(model, "") != why:
             self._missing[model] = why
+            if why:
+                _log.warning("model.not_carried", model=model, reason=why)
             self._around.on_change()
 
     def follow(self, groups: Callable[[], Mapping[str, Group]]) -> None:
@@ -163,7 +166,15 @@ class Roster:
         named = {source.name for source in self._pinned}
         found = await asyncio.to_thread(survey, sources, self._settings, self._memory, named)
         self._loadable = found.whole
-        self._split.update({split.source.name: split for split in found.split})
+        for split in found.split:
+            self._split[split.source.name] = split
+            _log.warning(
+                "model.waits_for_others",
+                model=split.source.name,
+                size=format_size(split.header.size),
+                memory=format_size(self._memory),
+                reason="it is too large for this worker, which may carry a part of it",
+            )
         self._around.on_change()
 
     def start_pinned(self) -> None:
