@@ -15,7 +15,7 @@ CHECKED := shared router worker mesh loadtests tests infra
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test slow chaos soak lint format check bench-engine bench-router bench-routing bench-ring bench-end-to-end bench-cancel bench-overload bench-slow-readers bench-servers bench-memory peers bench-peers bench-speculation check-equality simulate clean distclean
+.PHONY: help env run test slow chaos soak lint format check bench-engine bench-router bench-routing bench-ring bench-ring-delay bench-shards bench-end-to-end bench-cancel bench-overload bench-slow-readers bench-servers bench-memory peers bench-peers bench-speculation check-equality simulate clean distclean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | \
@@ -71,6 +71,12 @@ bench-router: env ## Router alone: CPU a token, streams, memory
 
 bench-ring: env ## A model in two stages against the same in one process
 	$(BIN)/python -m loadtests.bench_ring $(ARGS)
+
+bench-ring-delay: env ## Three stages, farther and farther apart
+	$(BIN)/python -m loadtests.bench_ring_delay $(ARGS)
+
+bench-shards: env ## Shards of experts: equal texts, perplexity by what is kept
+	$(BIN)/python -m loadtests.bench_shards $(ARGS)
 
 bench-end-to-end: env ## HTTP through router and NATS against the engine alone
 	$(BIN)/python -m loadtests.bench_end_to_end $(ARGS)
