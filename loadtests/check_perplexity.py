@@ -56,7 +56,8 @@ def main(
     file = model or smollm2()
     silence()
     loaded = Model(str(file))
-    tokens = loaded.tokenize(text.read_text("utf-8"), add_special=False, parse_special=False)
+    words = text.read_text("utf-8")
+    tokens = loaded.tokenize(words, add_special=loaded.adds_bos, parse_special=False)
     ours = score(loaded, tokens, context=context, most=pieces, threads=2)
     loaded.close()
     try:
