@@ -255,7 +255,7 @@ class Stages:
             return f"there is no model {carried.kind.model!r} here to take a part of"
         try:
             async with asyncio.timeout(ROOM_SECONDS):
-                await self._room()
+                await self._room(carried)
         except TimeoutError:
             return "there is no memory left for it"
         try:
@@ -278,11 +278,20 @@ class Stages:
             carried.process = None
         return "its engine has ended"
 
-    async def _room(self) -> None:
-        """Return once nothing is promised that is not there."""
-        while self._free() < 0:
+    async def _room(self, carried: _Carried) -> None:
+        """Return once there is room for it and for all that came before it.
+
+        Two groups may have been formed at once, of heads that did not know of each other: then the
+        first one has the memory.
+        """
+        while self._free() + self._after(carried) < 0:
             self._freed.clear()
             await self._freed.wait()
+
+    def _after(self, carried: _Carried) -> int:
+        """Bytes of those that have come after it."""
+        later = self._carried[self._carried.index(carried) + 1 :]
+        return sum(one.told.taken for one in later)
 
 
 def _kind(model: str, group: Group, part: Part) -> _Kind:

@@ -15,7 +15,7 @@ import pytest
 
 from shared import subjects
 from shared.demand import encode_entry
-from shared.groups import Group, StageState
+from shared.groups import Group, Part, StageState
 from shared.kv import DEMAND, MODELS, ROLES, WORKERS, Entry, Kv
 from shared.leases import Lease
 from shared.ledger import DemandLedger
@@ -278,6 +278,36 @@ async def test_files_that_differ_are_not_joined(
     for name in ("worker-1", "worker-2"):
         await router.beat(name, lambda beat: any(part.missing for part in beat.parts))
     assert side.group(unique) is None
+
+
+async def test_of_two_groups_that_are_formed_at_once_one_gets_the_memory(
+    start: Any,
+    router: Any,
+    side: Side,
+    unique: str,
+    monkeypatch: pytest.MonkeyPatch,
+    connect: Callable[..., Any],
+) -> None:
+    """Heads that do not know of each other count on the same worker."""
+    monkeypatch.setattr(stages, "ROOM_SECONDS", 0.5)
+    a, b = f"{unique}-a", f"{unique}-b"
+    await start(a, b, standby=True, timing=BRISK, **SMALL)
+    beat = await router.beat("worker-1", lambda beat: len(beat.parts) == 2)
+    heads = Kv(await connect("worker-2"))
+    now = time.time()
+    for part in beat.parts:
+        parts = (Part("worker-1", 0, 4, ROOM * 2 // 3), Part("worker-2", 4, LAYERS, 1))
+        group = Group(part.name[-1], part.digest, parts, 1, 256, 32)
+        lease = Lease("worker-2", now, now, "loading", group)
+        key = subjects.lease_key(part.name, 0)
+        await heads.tell(ROLES, key, msgspec.json.encode(lease), 0)
+    beat = await router.beat(
+        "worker-1", lambda beat: {s.state for s in beat.stages} == {"ready", "failed"}
+    )
+    (failed,) = [stage for stage in beat.stages if stage.state == "failed"]
+    assert failed.detail == "there is no memory left for it"
+    for part in beat.parts:
+        await heads.tell(ROLES, subjects.lease_key(part.name, 0), None)
 
 
 def test_what_is_promised_counts_and_what_is_kept_does_not() -> None:
