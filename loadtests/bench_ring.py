@@ -105,33 +105,34 @@ async def _balanced(model: Path, folder: Path, slots: int) -> tuple[tuple[Stage,
     """Deal the layers so that a step takes both stages as long.
 
     What a stage reads says nothing of what its attention and its logits compute; so the first deal
-    is measured, and what a stage took for its share of the bytes is its speed in the second one.
+    is measured, and what a stage took for its share of the bytes is its speed in the next one. Of
+    those that were measured the best is taken.
     """
     shape = read_shape(model)
     stages = _dealt(shape, slots, (1.0, 1.0))
-    for _ in range(2):
-        paths = stage_files(model, folder, stages)
+    best: tuple[float, tuple[Stage, ...]] | None = None
+    for _ in range(3):
         bound = Bound()
         try:
-            await bound.start(paths, slots)
+            await bound.start(stage_files(model, folder, stages), slots)
             took = [await bound.steps(max(1, slots // 2)) for _ in range(3)]
         finally:
             await bound.stop()
         means = [sum(one) / len(took) for one in zip(*took, strict=True)]
-        sys.stderr.write(
-            "; ".join(
-                f"layers {stage.start}-{stage.stop - 1}{'+head' if stage.head else ''}: "
-                f"{1000 * mean:.2f} ms"
-                for stage, mean in zip(stages, means, strict=True)
-            )
-            + "\n"
-        )
+        parts = [
+            f"layers {stage.start}-{stage.stop - 1}{'+head' if stage.head else ''}: "
+            f"{1000 * mean:.2f} ms"
+            for stage, mean in zip(stages, means, strict=True)
+        ]
+        sys.stderr.write(f"{'; '.join(parts)}\n")
+        best = min(best or (max(means), stages), (max(means), stages), key=lambda one: one[0])
         speeds = [stage.share / mean for stage, mean in zip(stages, means, strict=True)]
         again = _dealt(shape, slots, speeds)
         if [stage.stop for stage in again] == [stage.stop for stage in stages]:
             break
         stages = again
-    return stages, stage_files(model, folder, stages)
+    assert best is not None
+    return best[1], stage_files(model, folder, best[1])
 
 
 async def measure(
