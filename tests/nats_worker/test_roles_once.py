@@ -23,6 +23,7 @@ from shared.bus import Bus
 from shared.demand import DemandEntry, encode_entry
 from shared.kv import DEMAND, LEASE_SECONDS, MODELS, ROLES, WORKERS, Kv
 from shared.leases import RENEW_SECONDS, LeaseKey, Leases
+from shared.model_shape import ModelShape
 from shared.presence import Beat, LoadableModel, ModelState, RoleChange
 from shared.settings import SettingsAnnouncer, encode_settings
 from shared.snapshot import ModelSettings
@@ -84,6 +85,11 @@ class Standby:
             for name, since in self.running.items()
         )
         return Beat(self.name, "ready", 1, models, able=self.able, memory_budget=15)
+
+    @property
+    def shapes(self) -> dict[str, ModelShape]:
+        """It holds whatever it takes up alone."""
+        return {}
 
     def start(self, model: str) -> bool:
         self.started.append(model)
@@ -204,6 +210,7 @@ import asyncio, sys, time
 from shared.bus import Bus
 from shared.kv import Kv
 from shared.leases import RENEW_SECONDS, LeaseKey, Leases
+from shared.model_shape import ModelShape
 
 async def main():
     async with Bus.connect(sys.argv[1], identity="worker-1", kind="worker") as bus:
