@@ -12,17 +12,15 @@ import msgspec
 import numpy as np
 import psutil
 import pytest
+from router_side import RouterSide
 
 from shared import subjects
-from shared.demand import encode_entry
 from shared.groups import Group, Part, StageState
-from shared.kv import DEMAND, MODELS, ROLES, WORKERS, Entry, Kv
+from shared.kv import ROLES, Kv
 from shared.leases import Lease
-from shared.ledger import DemandLedger
 from shared.presence import Beat
 from shared.protocol import End, Fail, Handback
 from shared.replicas import Timing
-from shared.settings import SettingsAnnouncer
 from worker import stages
 from worker.outlook import Outlook
 
@@ -68,25 +66,12 @@ def write_gguf() -> Callable[[Path], Path]:
     return write
 
 
-class Side:
-    """What routers do for workers, and what they hear."""
+class Side(RouterSide):
+    """And what they hear."""
 
     def __init__(self, router: Any) -> None:
+        super().__init__(router.bus)
         self.router = router
-        self.kv = Kv(router.bus)
-        self.ledger = DemandLedger(router.bus.identity)
-        self.leases: dict[str, Entry] = {}
-
-    async def open(self) -> None:
-        await self.kv.make(DEMAND, ROLES, WORKERS, MODELS)
-        await self.kv.follow(ROLES, lambda entry: self.leases.__setitem__(entry.key, entry))
-
-    async def run(self) -> None:
-        while True:
-            for entry in self.ledger.due(time.time()):
-                key = subjects.demand_key(entry.model, entry.router)
-                await self.kv.tell(DEMAND, key, encode_entry(entry))
-            await asyncio.sleep(0.05)
 
     def group(self, model: str) -> Group | None:
         entry = self.leases.get(subjects.lease_key(model, 0))
@@ -121,16 +106,8 @@ class Side:
 @pytest.fixture
 async def side(router: Any) -> AsyncIterator[Side]:
     side = Side(router)
-    await side.open()
-    announcer = SettingsAnnouncer(router.bus)
-    tasks = [asyncio.create_task(work) for work in (side.run(), announcer.run())]
-    yield side
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    for entry in await side.kv.read(DEMAND):
-        if entry.key.endswith(f".{router.bus.identity}"):
-            await side.kv.delete(DEMAND, entry.key)
+    async with side.running():
+        yield side
 
 
 def member(group: Group) -> str:

@@ -8,14 +8,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from router_side import RouterSide
 
 from shared import subjects
 from shared.broker import Identity, NatsServer
 from shared.bus import Bus
 from shared.demand import encode_entry
-from shared.kv import DEMAND, MODELS, ROLES, WORKERS, Entry, Kv
+from shared.kv import DEMAND, MODELS, ROLES, Kv
 from shared.leases import Lease
-from shared.ledger import DemandLedger
 from shared.presence import Beat, RoleChange
 from shared.protocol import Busy, End
 from shared.replicas import Timing
@@ -34,25 +34,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Outlook, "complete", property(lambda outlook: outlook.settings.known))
 
 
-class RouterSide:
-    """What routers do for workers: they make the buckets, tell demand, and announce settings."""
-
-    def __init__(self, bus: Bus) -> None:
-        self.kv = Kv(bus)
-        self.ledger = DemandLedger(bus.identity)
-        self.leases: dict[str, Entry] = {}
-
-    async def open(self) -> None:
-        await self.kv.make(DEMAND, ROLES, WORKERS, MODELS)
-        await self.kv.follow(ROLES, lambda entry: self.leases.__setitem__(entry.key, entry))
-
-    async def run(self) -> None:
-        while True:
-            for entry in self.ledger.due(time.time()):
-                key = subjects.demand_key(entry.model, entry.router)
-                await self.kv.tell(DEMAND, key, encode_entry(entry))
-            await asyncio.sleep(0.05)
-
+class Side(RouterSide):
     def holder(self, model: str, number: int = 0) -> str:
         entry = self.leases.get(subjects.lease_key(model, number))
         return "" if entry is None or entry.value is None else _lease(entry.value).worker
@@ -63,21 +45,10 @@ def _lease(data: bytes) -> Lease:
 
 
 @pytest.fixture
-async def side(router: Any) -> AsyncIterator[RouterSide]:
-    side = RouterSide(router.bus)
-    await side.open()
-    announcer = SettingsAnnouncer(router.bus)
-    tasks = [asyncio.create_task(work) for work in (side.run(), announcer.run())]
-    yield side
-    for task in tasks:
-        task.cancel()
-    done = await asyncio.gather(*tasks, return_exceptions=True)
-    assert all(isinstance(result, asyncio.CancelledError) for result in done), done
-    # What one test asked for must not be what the next one's workers serve. Entries of other
-    # routers, left by other files' tests, are not for this one to delete.
-    for entry in await side.kv.read(DEMAND):
-        if entry.key.endswith(f".{router.bus.identity}"):
-            await side.kv.delete(DEMAND, entry.key)
+async def side(router: Any) -> AsyncIterator[Side]:
+    side = Side(router.bus)
+    async with side.running():
+        yield side
 
 
 @pytest.fixture
@@ -103,7 +74,7 @@ def changed(beat: Beat, action: str, model: str) -> list[RoleChange]:
 
 
 async def test_a_standby_takes_up_what_is_asked_for_and_lets_it_go_without_use(
-    start, router, side: RouterSide, unique: str
+    start, router, side: Side, unique: str
 ):
     a, b = f"{unique}-a", f"{unique}-b"
     await start(a, b, standby=True, timing=BRISK)
@@ -129,9 +100,7 @@ async def test_a_standby_takes_up_what_is_asked_for_and_lets_it_go_without_use(
             await asyncio.sleep(0.05)
 
 
-async def test_nothing_is_loaded_for_what_nobody_waits_for(
-    start, router, side: RouterSide, unique: str
-):
+async def test_nothing_is_loaded_for_what_nobody_waits_for(start, router, side: Side, unique: str):
     await start(unique, standby=True, timing=BRISK)
     await router.beat("worker-1", lambda beat: bool(beat.able))
     # Counted, answered elsewhere, or a name that nobody could load.
@@ -143,7 +112,7 @@ async def test_nothing_is_loaded_for_what_nobody_waits_for(
 
 
 async def test_a_minimum_is_kept_without_demand(
-    start, router, side: RouterSide, mesh: Callable[..., Any], unique: str
+    start, router, side: Side, mesh: Callable[..., Any], unique: str
 ):
     await mesh(unique, minimum=1)
     await start(unique, standby=True, timing=BRISK)
@@ -154,7 +123,7 @@ async def test_a_minimum_is_kept_without_demand(
 
 
 async def test_a_replica_of_two_is_where_it_was_not_yet(
-    start, router, side: RouterSide, mesh: Callable[..., Any], unique: str
+    start, router, side: Side, mesh: Callable[..., Any], unique: str
 ):
     await mesh(unique, minimum=2)
     for name in ("worker-1", "worker-2"):
@@ -164,9 +133,7 @@ async def test_a_replica_of_two_is_where_it_was_not_yet(
     assert {side.holder(unique, number) for number in (0, 1)} == {"worker-1", "worker-2"}
 
 
-async def test_demand_shifts_and_the_idle_model_makes_room(
-    start, router, side: RouterSide, unique: str
-):
+async def test_demand_shifts_and_the_idle_model_makes_room(start, router, side: Side, unique: str):
     a, b = f"{unique}-a", f"{unique}-b"
     probe = await start(a, b, name="worker-2", standby=True)
     cost = max(
@@ -188,7 +155,7 @@ async def test_demand_shifts_and_the_idle_model_makes_room(
 
 
 async def test_a_lost_role_is_drained_and_drops_no_stream(
-    start, router, side: RouterSide, unique: str, connect: Callable[..., Awaitable[Bus]]
+    start, router, side: Side, unique: str, connect: Callable[..., Awaitable[Bus]]
 ):
     await start(unique, standby=True, timing=BRISK)
     side.ledger.waits(unique, time.time())
@@ -212,7 +179,7 @@ async def test_a_lost_role_is_drained_and_drops_no_stream(
 
 
 async def test_a_role_that_cannot_be_served_is_given_up_and_not_offered_again(
-    start, router, side: RouterSide, unique: str
+    start, router, side: Side, unique: str
 ):
     bad = f"refuse-{unique}"
     await start(bad, unique, standby=True, timing=BRISK)
@@ -229,7 +196,7 @@ async def test_a_role_that_cannot_be_served_is_given_up_and_not_offered_again(
     await router.beat("worker-1", lambda beat: names(beat) == {unique})
 
 
-async def test_a_pinned_model_stays_and_gets_a_lease(start, router, side: RouterSide, unique: str):
+async def test_a_pinned_model_stays_and_gets_a_lease(start, router, side: Side, unique: str):
     await start(unique, timing=BRISK)
     async with asyncio.timeout(20):
         while side.holder(unique) != "worker-1":  # noqa: ASYNC110 - no event tells it
@@ -242,9 +209,7 @@ async def test_a_pinned_model_stays_and_gets_a_lease(start, router, side: Router
     assert all(beat.changes == () for beat in own)
 
 
-async def test_a_standby_that_ends_gives_its_leases_back(
-    start, router, side: RouterSide, unique: str
-):
+async def test_a_standby_that_ends_gives_its_leases_back(start, router, side: Side, unique: str):
     running = await start(unique, standby=True, timing=BRISK)
     side.ledger.waits(unique, time.time())
     await router.beat("worker-1", lambda beat: names(beat) == {unique})
@@ -265,7 +230,7 @@ async def test_a_role_outlives_a_restart_of_nats(
             bus = await connect("router-2", server=server)
             other = type(router)(bus)
             await other.open()
-            side = RouterSide(bus)
+            side = Side(bus)
             await side.open()
             announcer = asyncio.create_task(SettingsAnnouncer(bus).run())
             stack.callback(announcer.cancel)
