@@ -115,6 +115,14 @@ def member(group: Group) -> str:
     return name
 
 
+async def both(start: Any, model: str) -> list[Any]:
+    """Two workers whose operator has named the model."""
+    return [
+        await start(model, name=name, ready=False, timing=BRISK, **SMALL)
+        for name in ("worker-1", "worker-2")
+    ]
+
+
 def stage_processes(running: list[Any]) -> list[psutil.Process]:
     """Engines beside those of heads."""
     heads = {pid for one in running for pid in one.agent.engine_pids.values()}
@@ -155,8 +163,7 @@ async def test_what_is_asked_for_is_carried_by_two_and_let_go_of_without_use(
 async def test_what_an_operator_has_named_is_carried_without_demand(
     start: Any, router: Any, side: Side, unique: str
 ) -> None:
-    for name in ("worker-1", "worker-2"):
-        await start(unique, name=name, ready=False, timing=BRISK, **SMALL)
+    await both(start, unique)
     group = await side.formed(unique)
     assert isinstance(await (await router.ask("tokens=2", model=unique)).last(), End)
     await asyncio.sleep(BRISK.idle_after + 1.0)
@@ -168,10 +175,7 @@ async def test_what_an_operator_has_named_is_carried_without_demand(
 async def test_a_part_that_is_lost_ends_the_group_and_another_is_formed(
     start: Any, router: Any, side: Side, unique: str
 ) -> None:
-    running = [
-        await start(unique, name=name, ready=False, timing=BRISK, **SMALL)
-        for name in ("worker-1", "worker-2")
-    ]
+    running = await both(start, unique)
     group = await side.formed(unique)
     stream = await router.ask("tokens=500 every=0.05", model=unique)
     await stream.until(lambda asked: len(asked.frames) > 2)
@@ -190,10 +194,7 @@ async def test_a_part_that_is_lost_ends_the_group_and_another_is_formed(
 async def test_when_the_head_is_lost_the_others_keep_what_is_loaded(
     start: Any, router: Any, side: Side, unique: str
 ) -> None:
-    running = [
-        await start(unique, name=name, ready=False, timing=BRISK, **SMALL)
-        for name in ("worker-1", "worker-2")
-    ]
+    running = await both(start, unique)
     group = await side.formed(unique)
     (stage,) = stage_processes(running)
     (head,) = [pid for one in running for pid in one.agent.engine_pids.values()]
@@ -206,14 +207,11 @@ async def test_when_the_head_is_lost_the_others_keep_what_is_loaded(
 async def test_a_worker_that_leaves_is_waited_for(
     start: Any, router: Any, side: Side, unique: str
 ) -> None:
-    running = {
-        name: await start(unique, name=name, ready=False, timing=BRISK, **SMALL)
-        for name in ("worker-1", "worker-2")
-    }
+    running = await both(start, unique)
     group = await side.formed(unique)
     stream = await router.ask("tokens=40 every=0.05", model=unique)
     await stream.until(lambda asked: len(asked.frames) > 2)
-    leaving = running[member(group)]
+    (leaving,) = [one for one in running if one.name == member(group)]
     leaving.agent.stop()
     end = await stream.last()
     assert isinstance(end, End)
@@ -250,8 +248,7 @@ async def test_files_that_differ_are_not_joined(
     write_gguf(other)
     data = other.read_bytes()
     other.write_bytes(data.replace(b"t63", b"u63"))
-    for name in ("worker-1", "worker-2"):
-        await start(unique, name=name, ready=False, timing=BRISK, **SMALL)
+    await both(start, unique)
     for name in ("worker-1", "worker-2"):
         await router.beat(name, lambda beat: any(part.missing for part in beat.parts))
     assert side.group(unique) is None
