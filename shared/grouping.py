@@ -16,16 +16,13 @@ from typing import NamedTuple
 import msgspec
 
 from shared.groups import Group, Part, SplitModel
-from shared.model_shape import ModelShape
+from shared.model_shape import GRAIN, ModelShape
 from shared.partition import Host
 from shared.planning import Plan, Wanted, plan
 from shared.replicas import Want
 from shared.snapshot import Snapshot, WorkerView
 
-__all__ = ("GRAIN", "JOIN_SECONDS", "Proposal", "ending", "joined", "missing", "propose")
-
-GRAIN = 256
-"""llama.cpp rounds the cells of a sequence up to a multiple of this (`llama_context`, GGML_PAD)."""
+__all__ = ("JOIN_SECONDS", "Proposal", "ending", "joined", "missing", "propose")
 
 LEAST_CONTEXT = 512
 """Tokens of a sequence below which there are rather fewer sequences."""

@@ -10,7 +10,10 @@ from itertools import accumulate
 
 import msgspec
 
-__all__ = ("Layer", "ModelShape", "Scales", "Size")
+__all__ = ("GRAIN", "Layer", "ModelShape", "Scales", "Size")
+
+GRAIN = 256
+"""llama.cpp rounds the cells of a sequence up to a multiple of this (`llama_context`, GGML_PAD)."""
 
 
 class Layer(msgspec.Struct, frozen=True, array_like=True):

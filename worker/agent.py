@@ -29,7 +29,6 @@ from worker.beats import BEAT_SECONDS, Beats
 from worker.body import Bodies, BodyError
 from worker.catalog import ModelSource
 from worker.hearers import Hearers
-from worker.memory_budget import MemoryBudget
 from worker.outlook import Outlook
 from worker.preparing import ServingSettings
 from worker.replies import Replies
@@ -144,7 +143,6 @@ class Agent:
             replies=replies,
             bodies=bodies,
             rejects=self._rejects,
-            budget=MemoryBudget(memory, len(self._pinned)),
             stopping=self._stopping,
             on_change=self._on_change,
             on_release=self._released.set,

@@ -34,7 +34,11 @@ class ModelBytes(Protocol):
 
     @property
     def identity(self) -> str:
-        """Tells the files from others that have the same headers."""
+        """Tells the files from others that have the same headers.
+
+        Raises:
+            SourceError: they cannot be had.
+        """
         ...
 
     def headers(self) -> tuple[GgufFile, ...]:
@@ -70,7 +74,10 @@ class FileBytes:
     @property
     def identity(self) -> str:
         """When the files were written."""
-        return ",".join(str(part.stat().st_mtime_ns) for part in self._parts)
+        try:
+            return ",".join(str(part.stat().st_mtime_ns) for part in self._parts)
+        except OSError as error:
+            raise SourceError(f"{error.filename}: {error.strerror or error}") from None
 
     def headers(self) -> tuple[GgufFile, ...]:
         """See `ModelBytes.headers`."""

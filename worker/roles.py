@@ -23,9 +23,10 @@ from shared.leases import RENEW_SECONDS, LeaseKey, Leases
 from shared.model_shape import ModelShape
 from shared.placement import Action, Decision, decide
 from shared.presence import Beat, RoleChange
-from shared.replicas import DEFAULT_TIMING, Timing
+from shared.replicas import DEFAULT_TIMING, Timing, Want
 from shared.snapshot import Snapshot
 from worker.outlook import Outlook
+from worker.stages import KEEP_SECONDS
 
 __all__ = ("Host", "Roles")
 
@@ -37,9 +38,6 @@ SHARE = 0.05
 
 GATHER = 0.05
 """Seconds between two decisions at least, however much happens."""
-
-KEEP_SECONDS = 30.0
-"""How long the parts of a group that is over are kept for another with the same cuts."""
 
 _log = structlog.get_logger()
 
@@ -86,6 +84,7 @@ class _View(NamedTuple):
 
     snapshot: Snapshot
     decision: Decision
+    proposal: grouping.Proposal | None
 
 
 class Roles:
@@ -166,7 +165,7 @@ class Roles:
                     await self._watch_groups(view.snapshot, group)
                 await self._give_back()
                 if view:
-                    await self._form(view)
+                    await self._form(view.proposal)
                 await self._pause(max(GATHER, took / SHARE))
 
     async def release_all(self) -> None:
@@ -184,28 +183,32 @@ class Roles:
                 self._renew.set()
         try:
             snapshot = self._outlook.snapshot(own)
-            return _View(snapshot, decide(snapshot, self._wall(), self._timing))
+            decision = decide(snapshot, self._wall(), self._timing)
+            return _View(snapshot, decision, self._propose(snapshot, decision.wants))
         except Exception:
             # What others have told must not end a worker that serves.
             _log.exception("roles.undecided")
             return None
 
-    async def _form(self, view: _View) -> None:
-        """Claim a group for a model that nobody holds alone, if this worker is to be its head."""
+    def _propose(self, snapshot: Snapshot, wants: Mapping[str, Want]) -> grouping.Proposal | None:
+        """The group that this worker is to claim now; tells which models nobody can carry."""
         shapes = self._host.shapes
         if not shapes:
-            return
+            return None
         for part in self._presence().parts:
-            why = grouping.missing(view.snapshot, part, shapes[part.name])
+            why = grouping.missing(snapshot, part, shapes[part.name])
             self._host.note_missing(part.name, why)
-        proposal = grouping.propose(
-            view.snapshot,
-            view.decision.wants,
+        return grouping.propose(
+            snapshot,
+            wants,
             shapes,
             worker=self._worker,
             identity=secrets.token_hex(8),
             last=self._groups_of_late(),
         )
+
+    async def _form(self, proposal: grouping.Proposal | None) -> None:
+        """Claim a group for a model that nobody holds alone, if this worker is to be its head."""
         if proposal is None or proposal.model in self._led:
             return
         key = LeaseKey(proposal.model, proposal.replica)

@@ -10,8 +10,8 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
-import msgspec
 import structlog
 
 from shared.groups import Group, SplitModel, StageState
@@ -22,8 +22,8 @@ from worker.catalog import ModelSource
 from worker.loadable import survey
 from worker.memory_budget import MemoryBudget
 from worker.part import prepare_part
-from worker.preparing import Prepared, ServingSettings
-from worker.serving import Serving, Surroundings
+from worker.preparing import Prepared, ServingSettings, prepare
+from worker.serving import Preparing, Serving, Surroundings
 from worker.split_source import SplitSource
 from worker.stages import Stages
 
@@ -60,7 +60,7 @@ class Roster:
             pinned: models to serve whatever happens.
             roles: models that may be started and stopped; `survey` says which of them fit.
             settings: for all of them.
-            around: what they share; its budget is for the pinned ones.
+            around: what they share.
             group: runs them.
             memory: bytes for all of them together.
             nats: this worker's URL of the server.
@@ -72,6 +72,7 @@ class Roster:
         self._around = around
         self._group = group
         self._memory = memory
+        self._budget = MemoryBudget(memory, len(self._pinned))
         self._nats = nats
         self._on_failed = on_failed
         self._servings: dict[str, Serving] = {}
@@ -184,9 +185,10 @@ class Roster:
         """
         for source in self._pinned:
             if source.name in self._split:
-                self._around.budget.waive()
+                self._budget.waive()
             else:
-                self._start(Serving(source, self._settings, self._around, pinned=True))
+                preparing = self._whole(source, self._budget)
+                self._start(Serving(source, self._settings, self._around, preparing, pinned=True))
 
     def start_group(self, model: str, group: Group) -> bool:
         """Start as the head of a group; whether there is such a model, and room for its part."""
@@ -197,7 +199,7 @@ class Roster:
 
         self.stages.drop_kept()
 
-        async def preparing(tell: Callable[[str], None]) -> Prepared:
+        async def preparing(*, tell: Callable[[str], None]) -> Prepared:
             config = await prepare_part(
                 split,
                 self._settings,
@@ -209,10 +211,19 @@ class Roster:
             )
             return Prepared(config, split.header, memory)
 
-        self._start(
-            Serving(split.source, self._settings, self._around, memory=memory, preparing=preparing)
-        )
+        self._start(Serving(split.source, self._settings, self._around, preparing, memory=memory))
         return True
+
+    def _whole(self, source: ModelSource, budget: MemoryBudget) -> Preparing:
+        """How the engine of a whole model is made ready, its memory out of a budget."""
+        return partial(
+            prepare,
+            source,
+            self._settings,
+            worker=self._around.bus.identity,
+            budget=budget,
+            stopping=self._around.stopping,
+        )
 
     async def end(self, model: str, reason: str) -> None:
         """Give up a model whose group is at its end: its answers may go on elsewhere."""
@@ -232,8 +243,8 @@ class Roster:
         if source is None or cost is None or model in self._servings or cost > self._free():
             return False
         self.stages.drop_kept()
-        around = msgspec.structs.replace(self._around, budget=MemoryBudget(cost, 1))
-        self._start(Serving(source, self._settings, around, memory=cost))
+        preparing = self._whole(source, MemoryBudget(cost, 1))
+        self._start(Serving(source, self._settings, self._around, preparing, memory=cost))
         return True
 
     async def stop(self, model: str) -> None:

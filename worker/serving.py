@@ -9,7 +9,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 import structlog
@@ -28,24 +28,28 @@ from worker.handing_back import hand_back
 from worker.hub import DownloadStopped, HubError
 from worker.intake import VERSION_HEADER, Rejected, read_request, ticket_of
 from worker.link import EngineStats, Ready, Step, Submit
-from worker.memory_budget import MemoryBudget, NotEnoughMemory
+from worker.memory_budget import NotEnoughMemory
 from worker.model_bytes import SourceError
 from worker.model_state import filled_in, under_all_names
 from worker.part import PartRefused, PartStopped
-from worker.preparing import Prepared, ServingSettings, prepare
+from worker.preparing import Prepared, ServingSettings
 from worker.rate import Rate
 from worker.replies import Replies
 
 __all__ = ("Preparing", "Serving", "Surroundings")
-
-Preparing = Callable[[Callable[[str], None]], Awaitable[Prepared]]
-"""Makes everything ready for an engine; tells what it does, possibly from another thread."""
 
 _IMPOSSIBLE = (GgufError, HubError, NotEnoughMemory, EngineGaveUp, SourceError, PartRefused)
 
 State = Literal["loading", "ready", "draining", "failed"]
 
 _log = structlog.get_logger()
+
+
+class Preparing(Protocol):
+    """Makes everything ready for an engine."""
+
+    def __call__(self, *, tell: Callable[[str], None]) -> Awaitable[Prepared]:
+        """Do it; `tell` hears what is being done, possibly from another thread."""
 
 
 class Surroundings(msgspec.Struct, frozen=True):
@@ -55,7 +59,6 @@ class Surroundings(msgspec.Struct, frozen=True):
     replies: Replies
     bodies: Bodies
     rejects: Rejects
-    budget: MemoryBudget
     stopping: threading.Event
     on_change: Callable[[], None]
     """A model has changed its state: beat."""
@@ -71,10 +74,10 @@ class Serving:
         source: ModelSource,
         settings: ServingSettings,
         around: Surroundings,
+        preparing: Preparing,
         *,
         pinned: bool = False,
         memory: int = 0,
-        preparing: Preparing | None = None,
     ) -> None:
         """Make it.
 
@@ -82,9 +85,9 @@ class Serving:
             source: the model.
             settings: for what its own options leave open.
             around: what all models share.
+            preparing: how its engine is made ready.
             pinned: the operator named it.
             memory: bytes set aside for it, until that is known better.
-            preparing: how its engine is made ready; None: as that of a whole model.
         """
         options = source.options
         self.name = source.name
@@ -95,7 +98,7 @@ class Serving:
         self._source = source
         self._settings = settings
         self._around = around
-        self._preparing = preparing or self._prepare_whole
+        self._preparing = preparing
         self._admission = Admission(options.slots or settings.slots, settings.queue)
         self._doors = Doors(
             around.bus, source.names, self.take, wanted=self._wanted, on_open=around.on_change
@@ -160,7 +163,7 @@ class Serving:
     async def _serve(self) -> None:
         around = self._around
         try:
-            config, self._header, self._memory = await self._preparing(self._note)
+            config, self._header, self._memory = await self._preparing(tell=self._note)
             self._engine = EngineProcess(config, self, command=self._settings.command)
             self._tell("starting")
             await self._engine.run()
@@ -170,17 +173,6 @@ class Serving:
             around.on_change()
         except (DownloadStopped, PartStopped):
             self._log.info("model.download_stopped")
-
-    async def _prepare_whole(self, tell: Callable[[str], None]) -> Prepared:
-        around = self._around
-        return await prepare(
-            self._source,
-            self._settings,
-            worker=around.bus.identity,
-            budget=around.budget,
-            stopping=around.stopping,
-            tell=tell,
-        )
 
     def reconnected(self) -> None:
         """NATS is back."""

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.engine.room import GRAIN, NoRoom, fit_context
+from shared.model_shape import GRAIN
+from worker.engine.room import NoRoom, fit_context
 from worker.gguf_header import estimate_memory, read_header
 
 HEADER = read_header(

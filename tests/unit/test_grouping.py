@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.demand import Demand
-from shared.grouping import GRAIN, JOIN_SECONDS, Proposal, ending, joined, missing, propose
+from shared.grouping import JOIN_SECONDS, Proposal, ending, joined, missing, propose
 from shared.groups import Group, Part, SplitModel, StageState
-from shared.model_shape import Layer, ModelShape
+from shared.model_shape import GRAIN, Layer, ModelShape
 from shared.placement import decide
 from shared.snapshot import Holding, LeaseView, ModelSettings, Snapshot, WorkerView
 

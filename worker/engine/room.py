@@ -1,11 +1,9 @@
 """How much context a sequence gets: what is wished, cut to what the memory leaves. Pure."""
 
+from shared.model_shape import GRAIN
 from worker.gguf_header import Header, estimate_memory
 
-__all__ = ("GRAIN", "NoRoom", "fit_context")
-
-GRAIN = 256
-"""llama.cpp rounds the cells of a stream up to a multiple of this (`llama_context`, GGML_PAD)."""
+__all__ = ("NoRoom", "fit_context")
 
 
 class NoRoom(Exception):
