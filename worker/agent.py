@@ -34,7 +34,8 @@ from worker.preparing import ServingSettings
 from worker.replies import Replies
 from worker.roles import Roles
 from worker.roster import Roster
-from worker.serving import Serving, Surroundings
+from worker.serving import Serving
+from worker.surroundings import Surroundings
 
 __all__ = ("Agent", "AgentFailed", "AgentSettings")
 
@@ -110,7 +111,7 @@ class Agent:
         return tuple(self._roster or ())
 
     def _tickets(self) -> Iterator[Ticket]:
-        return (ticket for serving in self._servings for ticket in serving.tickets)
+        return (ticket for serving in self._servings for ticket in serving.attempts.tickets)
 
     def stop(self) -> None:
         """Drain and end; when called again, end at once."""
@@ -264,7 +265,7 @@ class Agent:
                 await self._idle_or_cut()
         left = sum(serving.busy for serving in self._servings)
         for serving in self._servings:
-            serving.abandon(f"worker {bus.identity} was stopped")
+            serving.attempts.abandon(f"worker {bus.identity} was stopped")
         try:
             await replies.flush()
             await roles.release_all()
@@ -301,11 +302,11 @@ class Agent:
                 if serving is None:
                     continue
                 if why == "deadline":
-                    serving.drop_body(
+                    serving.attempts.drop_body(
                         body, "deadline_exceeded", "the deadline passed before the whole body came"
                     )
                 else:
-                    serving.drop_body(
+                    serving.attempts.drop_body(
                         body, "worker_failed", f"chunk {body.next_index} of the request never came"
                     )
 
@@ -333,7 +334,7 @@ class Agent:
 
     def _cancel(self, attempts: tuple[int, ...]) -> None:
         for serving in self._servings:
-            serving.cancel(attempts)
+            serving.attempts.cancel(attempts)
 
     def _on_chunk(self, message: BusMessage, bodies: Bodies) -> None:
         try:
@@ -347,11 +348,11 @@ class Agent:
             body = bodies.close(chunk.attempt)
             serving = self._by_name(body.model) if body is not None else None
             if body is not None and serving is not None:
-                serving.drop_body(body, "worker_failed", str(error))
+                serving.attempts.drop_body(body, "worker_failed", str(error))
             return
         serving = self._by_name(whole.model) if whole is not None else None
         if whole is not None and serving is not None:
-            serving.complete(whole)
+            serving.attempts.complete(whole)
 
     def _by_name(self, name: str) -> Serving | None:
         # None: a role that has ended since, with all that was in it.

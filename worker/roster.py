@@ -23,9 +23,10 @@ from worker.loadable import survey
 from worker.memory_budget import MemoryBudget
 from worker.part import prepare_part
 from worker.preparing import Prepared, ServingSettings, prepare
-from worker.serving import Preparing, Serving, Surroundings
+from worker.serving import Preparing, Serving
 from worker.split_source import SplitSource
 from worker.stages import Stages
+from worker.surroundings import Surroundings
 
 __all__ = ("FAILED_SECONDS", "Roster")
 
@@ -230,7 +231,7 @@ class Roster:
         serving, task = self._servings.get(model), self._tasks.get(model)
         if serving is None or task is None:
             return
-        serving.abandon(f"worker {self._around.bus.identity}: {reason}")
+        serving.attempts.abandon(f"worker {self._around.bus.identity}: {reason}")
         # Else it would have some seconds to hear of it, while it waits for a stage that is gone.
         serving.kill()
         task.cancel()
@@ -254,7 +255,7 @@ class Roster:
             return
         serving.drain()
         self._around.on_change()
-        await serving.idle()
+        await serving.attempts.idle()
         task = self._tasks.get(model)
         if task is not None:
             task.cancel()
@@ -300,7 +301,9 @@ class Roster:
                 self._on_failed(serving.name, serving.failure)
         finally:
             if not pinned:
-                serving.abandon(f"worker {self._around.bus.identity} does not serve it any more")
+                serving.attempts.abandon(
+                    f"worker {self._around.bus.identity} does not serve it any more"
+                )
                 with suppress(KeyError):
                     del self._servings[serving.name], self._tasks[serving.name]
                 self._around.on_change()
