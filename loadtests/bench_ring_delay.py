@@ -18,12 +18,12 @@ from typing import Any
 import cyclopts
 import uvloop
 
-from loadtests.delaying_proxy import DelayingProxy
 from loadtests.engine_driver import EngineDriver
 from loadtests.figures import markdown, median_and_range
 from loadtests.rings import CONTEXT, Target, model_file, rate_of, ring_of, stage_files
 from loadtests.speculation_corpora import Corpus, prompts
 from loadtests.stack import Stack
+from loadtests.wire_proxy import WireProxy
 from shared.model_shape import Scales, Size
 from shared.partition import Host, deal
 from worker.shape import read_shape
@@ -63,7 +63,7 @@ async def measure(
     async with Stack(workers=len(WORKERS)) as stack, AsyncExitStack() as owner:
         model = model_file(target, stack.folder)
         drafting = model_file(draft, stack.folder)
-        proxy = DelayingProxy(_port(stack.url(WORKERS[0])), 0.0)
+        proxy = WireProxy()
         await owner.enter_async_context(proxy.running())
         paths = _files(model, stack.folder / "stages", max(streams))
         for delay in delays:
@@ -158,10 +158,6 @@ def _row(
         median_and_range(bounds),
         median_and_range([a / b for a, b in zip(rates, bounds, strict=True)]),
     )
-
-
-def _port(url: str) -> int:
-    return int(url.rpartition(":")[2].rstrip("/"))
 
 
 @app.default

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sysconfig
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -52,8 +52,12 @@ class Fleet(Generic[N]):
     # One worker has room for the streams of both: what is measured is not a queue.
     slots = 32
 
-    def __init__(self, folder: Path, nats: N) -> None:
+    def __init__(
+        self, folder: Path, nats: N, settings: Callable[[str], Mapping[str, str]] = lambda _: {}
+    ) -> None:
+        """Make it; `settings` are further ones of each part's environment."""
         self.nats = nats
+        self._settings = settings
         self.heard = Heard()
         self._folder = folder
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -167,18 +171,28 @@ class Fleet(Generic[N]):
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=clean_environment() | {"MESH_NATS": nats_url or self.nats.url_for(name)},
+                env=clean_environment()
+                | {"MESH_NATS": nats_url or self.nats.url_for(name)}
+                | dict(self._settings(name)),
             )
 
 
 @contextlib.asynccontextmanager
 async def running_fleet(
-    folder: Path, through: Callable[[str, str], str] = lambda _, url: url
+    folder: Path,
+    through: Callable[[str, str], str] = lambda _, url: url,
+    settings: Callable[[str], Mapping[str, str]] = lambda _: {},
 ) -> AsyncIterator[Fleet[NatsServer]]:
-    """All of it, ready; `through` may give a worker another URL of the server."""
+    """All of it, ready.
+
+    Args:
+        folder: for all files.
+        through: may give a worker another URL of the server.
+        settings: further ones of each part's environment.
+    """
     async with (
         NatsServer(identities=users(), data_dir=folder / "nats") as nats,
-        fleet_on(nats, folder, through) as fleet,
+        fleet_on(nats, folder, through, settings) as fleet,
     ):
         yield fleet
 
@@ -192,10 +206,13 @@ def users() -> list[Identity]:
 
 @contextlib.asynccontextmanager
 async def fleet_on(
-    nats: N, folder: Path, through: Callable[[str, str], str] = lambda _, url: url
+    nats: N,
+    folder: Path,
+    through: Callable[[str, str], str] = lambda _, url: url,
+    settings: Callable[[str], Mapping[str, str]] = lambda _: {},
 ) -> AsyncIterator[Fleet[N]]:
     """A fleet on servers that run already."""
-    fleet = Fleet(folder, nats)
+    fleet = Fleet(folder, nats, settings)
     try:
         for name in ROUTERS:
             fleet.start_router(name)

@@ -8,7 +8,6 @@ import asyncio
 import json
 import os
 import random
-import signal
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -17,9 +16,13 @@ from typing import Any
 
 import httpx
 import pytest
-from cutting_proxy import CuttingProxy
+from clocks import Clocks
+from disturbing import Chaos
 from failover_streams import KINDS, bodies
 from fleet import MODEL, ROUTERS, WORKERS, Fleet, running_fleet
+from small_disk import small_disk
+
+from loadtests.wire_proxy import WireProxy
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(3600)]
 
@@ -28,8 +31,6 @@ DEADLINE = 40
 HUNG = DEADLINE + 20.0
 """Seconds without an end after which a request hangs."""
 CLIENTS = 6
-AWAY = 5.0
-"""Seconds that a part stands still or is cut off, in the mean."""
 
 
 @dataclass
@@ -50,19 +51,22 @@ class Ledger:
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
-        self.kills: list[tuple[str, float, float]] = []
-        """A router, when it was killed, and when its successor was ready."""
+        self._kills: list[tuple[str, float, float]] = []
 
     def open(self, kind: str, router: str) -> Entry:
         entry = Entry(len(self.entries), kind, router, time.monotonic())
         self.entries.append(entry)
         return entry
 
+    def killed(self, router: str, at: float, back: float) -> None:
+        """A router was killed, and its successor was ready then."""
+        self._kills.append((router, at, back))
+
     def excused(self, entry: Entry) -> bool:
         """Whether its router was killed while it was under way, or away when it came."""
         return any(
             entry.router == router and entry.begun <= back and entry.ended >= killed
-            for router, killed, back in self.kills
+            for router, killed, back in self._kills
         )
 
     def wrong(self) -> list[Entry]:
@@ -167,100 +171,6 @@ async def read_stream(entry: Entry, answer: httpx.Response, *, leave_after: int)
     entry.outcome, entry.detail = ("told", f"event {error}") if error else ("cut", "no [DONE]")
 
 
-class Chaos:
-    """One failure after another, each mended before the next but for what takes its time."""
-
-    def __init__(self, fleet: Fleet, ledger: Ledger, proxies: dict[str, CuttingProxy], seed: int):
-        self._fleet = fleet
-        self._ledger = ledger
-        self._proxies = proxies
-        self._draw = random.Random(seed)
-        self.happened: Counter[str] = Counter()
-
-    async def run(self, seconds: float) -> None:
-        """For so long; at the end all parts run."""
-        ways = (
-            self.kill_worker,
-            self.kill_engine,
-            self.stop_worker,
-            self.drain_worker,
-            self.cut_worker_off,
-            self.kill_router,
-            self.restart_nats,
-        )
-        until = time.monotonic() + seconds
-        # Each once, in an order of its own, before any comes again.
-        waiting: list[Any] = []
-        while time.monotonic() < until:
-            waiting = waiting or self._draw.sample(ways, len(ways))
-            way = waiting.pop()
-            self.happened[way.__name__] += 1
-            await way()
-            await asyncio.sleep(self._draw.uniform(1, 6))
-        await self._fleet.until(self._fleet.serves)
-
-    async def kill_worker(self) -> None:
-        name = self._worker()
-        self._fleet.kill(name)
-        await asyncio.sleep(self._draw.uniform(0, 3))
-        self._start_worker(name)
-
-    async def kill_engine(self) -> None:
-        for engine in self._fleet.process(self._worker()).children():
-            engine.kill()
-
-    async def stop_worker(self) -> None:
-        process = self._fleet.process(self._worker())
-        family = [process, *process.children(recursive=True)]
-        for one in family:
-            one.suspend()
-        await self._pause()
-        for one in family:
-            one.resume()
-
-    async def drain_worker(self) -> None:
-        name = self._worker()
-        assert await self._fleet.end(name) == 0, self._fleet.story()
-        self._start_worker(name)
-
-    async def cut_worker_off(self) -> None:
-        proxy = self._proxies[self._worker()]
-        proxy.cut()
-        await self._pause()
-        proxy.mend()
-
-    async def kill_router(self) -> None:
-        name = self._draw.choice(ROUTERS)
-        killed = time.monotonic()
-        self._fleet.kill(name)
-        self._fleet.start_router(name)
-        await self._fleet.until(lambda: self._answers(name))
-        self._ledger.kills.append((name, killed, time.monotonic()))
-
-    async def restart_nats(self) -> None:
-        os.kill(self._fleet.nats.pid, self._draw.choice((signal.SIGKILL, signal.SIGTERM)))
-        await self._fleet.nats.__aexit__(None, None, None)
-        await asyncio.sleep(self._draw.uniform(0, 2))
-        await self._fleet.nats.__aenter__()
-
-    def _worker(self) -> str:
-        return self._draw.choice(WORKERS)
-
-    def _start_worker(self, name: str) -> None:
-        self._fleet.start_worker(name, self._proxies[name].url(self._fleet.nats.url_for(name)))
-
-    async def _pause(self) -> None:
-        await asyncio.sleep(self._draw.uniform(0.4 * AWAY, 1.6 * AWAY))
-
-    async def _answers(self, router: str) -> bool:
-        async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
-            try:
-                await client.get(f"{self._fleet.url(router).removesuffix('/v1')}/livez")
-            except httpx.HTTPError:
-                return False
-        return True
-
-
 async def in_flight(fleet: Fleet) -> float:
     """What the routers count as not answered."""
     total = 0.0
@@ -277,6 +187,11 @@ def descriptors(fleet: Fleet) -> dict[str, int]:
     return {name: fleet.process(name).num_fds() for name in (*ROUTERS, *WORKERS)}
 
 
+def not_more(now: dict[str, int], before: dict[str, int]) -> bool:
+    """But for the few that come and go."""
+    return all(count <= before[name] + 4 for name, count in now.items())
+
+
 @pytest.mark.parametrize(
     "seconds",
     [
@@ -286,30 +201,34 @@ def descriptors(fleet: Fleet) -> dict[str, int]:
 )
 async def test_every_request_has_one_outcome(tmp_path: Path, seconds: float) -> None:
     seed = int(os.environ.get("MESH_CHAOS_SEED", "1"))
+    clocks = Clocks(tmp_path / "clocks", (*ROUTERS, *WORKERS))
     async with (
-        CuttingProxy().running() as one,
-        CuttingProxy().running() as two,
+        WireProxy().running() as one,
+        WireProxy().running() as two,
     ):
-        proxies = dict(zip(WORKERS, (one, two), strict=True))
-        async with running_fleet(tmp_path, lambda name, url: proxies[name].url(url)) as fleet:
-            ledger = Ledger()
-            clients = Clients(fleet, ledger, seed)
-            chaos = Chaos(fleet, ledger, proxies, seed + 1)
-            before = descriptors(fleet)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(clients.run())
-                try:
-                    await chaos.run(seconds)
-                finally:
-                    clients.over = True
-            print(f"\nseed {seed}, {seconds:.0f} s: {dict(chaos.happened)}")
-            print(ledger.report())
-            assert not ledger.wrong(), f"{ledger.wrong()}\n{fleet.story()}"
-            answered = sum(entry.outcome == "answered" for entry in ledger.entries)
-            # A ledger of refusals alone would show nothing.
-            assert answered >= len(ledger.entries) / 3, ledger.report()
-            await fleet.until(lambda: not fleet.busy(*WORKERS))
-            assert await in_flight(fleet) == 0
-            await fleet.until(
-                lambda: all(now <= before[name] + 4 for name, now in descriptors(fleet).items())
-            )
+        wires = dict(zip(WORKERS, (one, two), strict=True))
+        with small_disk(tmp_path / "nats") as disk:
+            async with running_fleet(
+                tmp_path,
+                lambda name, url: wires[name].url(url),
+                settings=clocks.settings,
+            ) as fleet:
+                ledger = Ledger()
+                clients = Clients(fleet, ledger, seed)
+                chaos = Chaos(fleet, ledger, wires, clocks, disk, seed + 1)
+                before = descriptors(fleet)
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(clients.run())
+                    try:
+                        await chaos.run(seconds)
+                    finally:
+                        clients.over = True
+                print(f"\nseed {seed}, {seconds:.0f} s: {dict(chaos.happened)}")
+                print(ledger.report())
+                assert not ledger.wrong(), f"{ledger.wrong()}\n{fleet.story()}"
+                answered = sum(entry.outcome == "answered" for entry in ledger.entries)
+                # A ledger of refusals alone would show nothing.
+                assert answered >= len(ledger.entries) / 3, ledger.report()
+                await fleet.until(lambda: not fleet.busy(*WORKERS))
+                assert await in_flight(fleet) == 0
+                await fleet.until(lambda: not_more(descriptors(fleet), before))

@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from cutting_proxy import CuttingProxy
 from failover_streams import KINDS, Told, bodies, run
 from fleet import MODEL, WORKERS, Fleet, running_fleet
+
+from loadtests.wire_proxy import WireProxy
 
 pytestmark = [pytest.mark.model, pytest.mark.chaos, pytest.mark.timeout(900)]
 
@@ -19,8 +20,8 @@ ROUNDS = 3
 
 
 @contextlib.asynccontextmanager
-async def system(folder: Path) -> AsyncIterator[tuple[Fleet, CuttingProxy]]:
-    async with CuttingProxy().running() as proxy:
+async def system(folder: Path) -> AsyncIterator[tuple[Fleet, WireProxy]]:
+    async with WireProxy().running() as proxy:
 
         def through(worker: str, url: str) -> str:
             return proxy.url(url) if worker == WORKERS[0] else url

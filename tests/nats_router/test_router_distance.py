@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from loadtests.delaying_proxy import DelayingProxy
 from loadtests.token_emitter import Emitter
 from loadtests.token_worker import TokenWorker
+from loadtests.wire_proxy import WireProxy
 from router.server import Serving
 from shared.broker import Identity, NatsServer
 from shared.bus import Bus
@@ -35,7 +35,7 @@ def wide_server(
         yield server
 
 
-Far = Callable[..., Awaitable[DelayingProxy]]
+Far = Callable[..., Awaitable[WireProxy]]
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ async def far_worker(wide_server: NatsServer, unique: str) -> AsyncIterator[Far]
     """Start a token worker at a distance: `proxy = await far_worker("worker-1", 0.02)`."""
     async with AsyncExitStack() as stack:
 
-        async def start(name: str, rtt: float, slots: int = 8) -> DelayingProxy:
-            proxy = await stack.enter_async_context(DelayingProxy(wide_server.port, rtt).running())
+        async def start(name: str, rtt: float, slots: int = 8) -> WireProxy:
+            proxy = await stack.enter_async_context(WireProxy(rtt).running())
             url = proxy.url(wide_server.url_for(name))
             bus = await stack.enter_async_context(Bus.connect(url, identity=name, kind="worker"))
             stop = asyncio.Event()

@@ -1,6 +1,7 @@
-"""A TCP proxy that can stop passing bytes on, in both directions, with its connections open.
+"""A TCP proxy that is a wire to a server on this machine: it can be long, or cut.
 
-As when a cable is pulled: nobody is told.
+Cut means that nothing passes, in either direction, with the connections open: as when a cable is
+pulled, nobody is told.
 """
 
 import asyncio
@@ -8,15 +9,17 @@ import contextlib
 from collections.abc import AsyncIterator
 from urllib.parse import urlsplit, urlunsplit
 
+__all__ = ("WireProxy",)
+
 PIECE = 65_536
 
-__all__ = ("CuttingProxy",)
 
+class WireProxy:
+    """Passes connections on to the server that `url` was last asked for."""
 
-class CuttingProxy:
-    """Passes connections on to a server on this machine, while it is not cut."""
-
-    def __init__(self) -> None:
+    def __init__(self, rtt: float = 0.0) -> None:
+        self.rtt = rtt
+        """Seconds that a round trip takes more; may be changed at any time."""
         self.port = 0
         self._server_port = 0
         self._whole = asyncio.Event()
@@ -40,7 +43,8 @@ class CuttingProxy:
         self._whole.set()
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator["CuttingProxy"]:
+    async def running(self) -> AsyncIterator["WireProxy"]:
+        """Take connections until the context ends."""
         server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         try:
@@ -71,10 +75,26 @@ class CuttingProxy:
             self._tasks.discard(task)
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(PIECE):
+        """Read and write beside each other: the way is long, not narrow."""
+        loop = asyncio.get_running_loop()
+        line: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+
+        async def deliver() -> None:
+            while True:
+                due, data = await line.get()
+                await asyncio.sleep(max(0.0, due - loop.time()))
                 await self._whole.wait()
+                if not data:
+                    return
                 writer.write(data)
                 await writer.drain()
+
+        try:
+            async with asyncio.TaskGroup() as both:
+                both.create_task(deliver())
+                while data := await reader.read(PIECE):
+                    line.put_nowait((loop.time() + self.rtt / 2, data))
+                # What is on its way arrives before the end does.
+                line.put_nowait((loop.time() + self.rtt / 2, b""))
         finally:
             writer.close()
