@@ -38,7 +38,15 @@ def eventually(holds: Callable[[], bool], story: Callable[[], str], every: float
 class MeshParts:
     """One router, and one worker with `arguments` that serves the real model as `model`."""
 
-    def __init__(self, folder: Path, nats: NatsServer, model: str, *arguments: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        nats: NatsServer,
+        model: str,
+        *arguments: str,
+        file: Path | None = None,
+    ) -> None:
+        """Make it; `file` is the model's, by default the packaged one."""
         self.model = model
         self._folder = folder
         self._nats = nats
@@ -47,10 +55,10 @@ class MeshParts:
         with socket.create_server(("127.0.0.1", 0)) as holder:
             self._port = holder.getsockname()[1]
         self.base_url = f"http://127.0.0.1:{self._port}/v1"
-        (file,) = resolve((), folder)
+        file = file or resolve((), folder)[0].file
         models = folder / "models"
         models.mkdir()
-        (models / "models.toml").write_text(f'[models."{model}"]\nfile = "{file.file}"\n')
+        (models / "models.toml").write_text(f'[models."{model}"]\nfile = "{file}"\n')
 
     @property
     def worker(self) -> psutil.Process:

@@ -229,6 +229,38 @@ async def test_a_router_that_is_killed_fails_no_new_request(
     assert len(later) > 2 * AT_ONCE
 
 
+async def test_what_is_sent_again_finds_the_router_that_has_the_answer(
+    pair: MeshUp, balancer: Balancer
+) -> None:
+    """Also while it is made; sixteen keys, so that chance would have to be right 65,536 times."""
+    body = {
+        "model": pair.model,
+        "messages": [{"role": "user", "content": "Tell me about bread."}],
+        "max_tokens": 8,
+    }
+
+    async def ask(client: httpx.AsyncClient, key: int) -> httpx.Response:
+        headers = {"Idempotency-Key": f"bread-{key}"}
+        return await client.post(
+            f"{balancer.url}/chat/completions", json={**body, "seed": key}, headers=headers
+        )
+
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+        before = answered(pair)
+        # Two of each key at once: one joins the other.
+        pairs = await asyncio.gather(*(ask(client, key) for key in (*range(16), *range(16))))
+        after = answered(pair)
+        again = [await ask(client, key) for key in range(16)]
+    assert [one.status_code for one in (*pairs, *again)] == [200] * 48
+    for first, second, third in zip(pairs[:16], pairs[16:], again, strict=True):
+        assert first.json() == second.json() == third.json()
+        replays = [one.headers.get("idempotent-replayed") for one in (first, second)]
+        assert sorted(map(str, replays)) == ["None", "true"]
+        assert third.headers["idempotent-replayed"] == "true"
+    # And both routers were used.
+    assert all(now > then for now, then in zip(after, before, strict=True))
+
+
 async def test_what_belongs_to_one_router_is_not_shown_to_clients(balancer: Balancer) -> None:
     async with httpx.AsyncClient(trust_env=False, timeout=10) as client:
         answer = await client.get(balancer.url.replace("/v1", "/metrics"))

@@ -17,6 +17,7 @@ from failover_streams import KINDS, Told, bodies, run
 from mesh_parts import WAIT, MeshParts, eventually
 
 from loadtests.figures import percentile
+from loadtests.stack import smollm2, smollm2_f32, smollm2_q4_0
 from shared.broker import Identity, NatsServer
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
@@ -31,8 +32,8 @@ class Pair(MeshParts):
     # One has room for the streams of both: what is measured is not a queue.
     slots = 16
 
-    def __init__(self, folder: Path, nats: NatsServer, model: str, *arguments: str) -> None:
-        super().__init__(folder, nats, model, *arguments)
+    def __init__(self, folder: Path, nats: NatsServer, model: str, file: Path | None) -> None:
+        super().__init__(folder, nats, model, file=file)
         self._keys: dict[str, str] = {}
 
     def start(self, name: str) -> None:
@@ -41,7 +42,7 @@ class Pair(MeshParts):
             "mesh-worker",
             name,
             *("--models", str(self._folder / "models"), "--pin-all", "--threads", "1"),
-            *("--slots", str(self.slots), "--ctx", "1024", *self._arguments),
+            *("--slots", str(self.slots), "--ctx", "1024"),
         )
         (self._keys[name],) = set(self._processes) - before
 
@@ -64,14 +65,14 @@ class Pair(MeshParts):
 
 
 @contextmanager
-def running_pair(folder: Path, *arguments: str) -> Iterator[Pair]:
+def running_pair(folder: Path, file: Path | None = None) -> Iterator[Pair]:
     identities = [Identity("router-1", "router", secrets.token_hex(16))]
     identities += [Identity(name, "worker", secrets.token_hex(16)) for name in WORKERS]
     server = NatsServer(identities=identities, data_dir=folder / "nats")
     with asyncio.Runner() as runner:
         runner.run(server.__aenter__())
         try:
-            pair = Pair(folder, server, MODEL, *arguments)
+            pair = Pair(folder, server, MODEL, file)
             try:
                 pair.start_router()
                 for name in WORKERS:
@@ -175,16 +176,26 @@ def test_streams_of_every_kind_outlive_their_worker(tmp_path: Path, how: str) ->
 STREAMS = int(os.environ.get("MESH_CHAOS_STREAMS", "100"))
 """Of each kind."""
 
+FORMATS: dict[str, Callable[[Path], Path]] = {
+    "Q4_1": lambda _: smollm2(),
+    "Q4_0": smollm2_q4_0,
+    "F32": smollm2_f32,
+}
+"""Of the weights, each with kernels of its own that round in their own way."""
+
 
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("how", HOW)
-def test_a_hundred_streams_of_each_kind_outlive_their_workers(tmp_path: Path, how: str) -> None:
+def test_a_hundred_streams_of_each_kind_outlive_their_workers(
+    tmp_path: Path, how: str, form: str
+) -> None:
     """Prints, by kind, how many were equal to the undisturbed ones, beside the control: the same
     streams undisturbed in other company.
     """
     each = 3
-    with running_pair(tmp_path) as pair:
+    with running_pair(tmp_path, FORMATS[form](tmp_path)) as pair:
         rows: dict[str, list[int]] = {kind: [0, 0, 0, 0] for kind in KINDS}
         gaps: list[float] = []
         everything = {kind: bodies(MODEL, kind, STREAMS, 70) for kind in KINDS}
@@ -211,7 +222,7 @@ def test_a_hundred_streams_of_each_kind_outlive_their_workers(tmp_path: Path, ho
                     process.resume()
             time.sleep(2.5)
             pair.until_both_serve()
-        print(f"\n{how}: kind, streams, resumed, equal, equal in the control")
+        print(f"\n{form}, {how}: kind, streams, resumed, equal, equal in the control")
         for kind, row in rows.items():
             print(f"  {kind:10}", *(f"{count:4}" for count in row))
         shares = ", ".join(f"p{q} {percentile(gaps, q / 100):.2f} s" for q in (50, 95, 99))
