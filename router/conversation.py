@@ -6,8 +6,8 @@ different owners never share one on purpose: nobody can push another's conversat
 worker by guessing a name.
 """
 
+from shared.hash_ring import hash_key
 from shared.protocol import ChatInput, Embed, Generate, Request, TokenInput
-from shared.ring import hash_key
 
 __all__ = ("BYTES_PER_TOKEN", "conversation_key", "has_begun", "rough_tokens")
 

@@ -13,8 +13,8 @@ from typing import Literal
 from loadtests.simulation.clock import Clock
 from loadtests.simulation.hosts import Host, Request
 from shared.distance import Distances
+from shared.hash_ring import hash_key
 from shared.ledger import DemandLedger
-from shared.ring import hash_key
 from shared.routing import Pool
 
 __all__ = ("Policy", "Router")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from shared.distance import Distances
-from shared.ring import Ring, hash_key
+from shared.hash_ring import Ring, hash_key
 from shared.routing import QUEUE_BOUND, Pool, Routing
 
 NEAR, FAR = 0.001, 0.2

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.ring import Ring, hash_key, load_limit
+from shared.hash_ring import Ring, hash_key, load_limit
 
 names = st.sets(st.text(min_size=1, max_size=20), min_size=1, max_size=24)
 keys = st.lists(st.integers(min_value=0, max_value=2**64 - 1), min_size=1, max_size=60)
