@@ -6,8 +6,8 @@ Pure: loads come from beats and from what this router itself has placed, distanc
 1. Only the near count. While no near worker serves, those whose distance is unknown do; those
    beyond the cap only if `Routing.far` says so, the nearest of them first.
 2. A request that is known to be longer than the context of some goes to the others.
-3. A conversation goes where the ring puts it (`shared.hash_ring`), because its prompt is cached there,
-   unless that worker is at its limit: then to the next on the ring that is not. The limit is
+3. A conversation goes where the ring puts it (`shared.hash_ring`), because its prompt is cached
+   there, unless that worker is at its limit: then to the next on the ring that is not. The limit is
    `Routing.load_bound` times the mean load (by slots); never below three quarters of a worker's
    slots, for a worker with so much room is not loaded however idle others are; and never above
    its slots while another has a free one, for waiting costs more than computing a prompt anew.
