@@ -19,13 +19,17 @@ from shared.demand import (
     brought_to,
 )
 
-__all__ = ("FORGET", "LEAST_PAUSE", "MOST_UNKNOWN", "DemandLedger")
+__all__ = ("FORGET", "LEAST_PAUSE", "MOST_UNKNOWN", "UNKNOWN_KEPT", "DemandLedger")
 
 FORGET = 10 * HALF_LIFE
 """Seconds without use after which a name is forgotten: a thousandth of its count is left then.
 Entries in the bucket need not be kept longer."""
 MOST_UNKNOWN = 100
 """Names that nobody serves or could load; the one used longest ago makes room for a new one."""
+UNKNOWN_KEPT = 60.0
+"""Seconds for which such a name keeps its place after its last use. Each new one is told to all
+and remembered by all for `FORGET`: so that clients that make names up, thousands a second, cost the
+fleet 500 entries a router at most, and do not fill the bucket."""
 LEAST_PAUSE = 1.0
 """Seconds between two entries of one model, unless somebody begins or ceases to wait."""
 
@@ -197,7 +201,8 @@ class DemandLedger:
         """The model's account, made if there is room for its name."""
         account = self._at(model, now)
         if account is None:
-            if not known and self._unknown >= self._most_unknown and not self._make_room():
+            full = not known and self._unknown >= self._most_unknown
+            if full and not self._make_room(unused_since=now - UNKNOWN_KEPT):
                 return None
             account = self._accounts[model] = _Account(at=now, known=known, last_use=now)
             self._unknown += not known
@@ -205,14 +210,16 @@ class DemandLedger:
             self._unknown += 1 if account.known else -1
             account.known = known
             if self._unknown > self._most_unknown:
-                self._make_room()
+                self._make_room(unused_since=now)
         return account
 
-    def _make_room(self) -> bool:
+    def _make_room(self, unused_since: float) -> bool:
+        """Forget the unknown name that was used longest ago, if it is so long ago."""
         unused = [
             (account.last_use, model)
             for model, account in self._accounts.items()
-            if not account.known and not account.running and not account.waiting
+            if not (account.known or account.running or account.waiting)
+            and account.last_use <= unused_since
         ]
         if unused:
             self._close(min(unused)[1])

@@ -21,7 +21,7 @@ from shared.demand import (
     encode_entry,
     total,
 )
-from shared.ledger import FORGET, LEAST_PAUSE, DemandLedger
+from shared.ledger import FORGET, LEAST_PAUSE, MOST_UNKNOWN, UNKNOWN_KEPT, DemandLedger
 
 START = 1_800_000_000.0
 
@@ -232,13 +232,27 @@ def test_unused_names_are_forgotten():
 
 def test_unknown_names_are_bounded_and_the_oldest_goes():
     ledger = DemandLedger("r1", most_unknown=3)
-    ledger.requested("known", START)
+    last = START + 9 * UNKNOWN_KEPT
     for n in range(10):
-        ledger.requested(f"made-up-{n}", START + n, known=False)
+        now = START + n * UNKNOWN_KEPT
+        ledger.requested("known", now)
+        ledger.requested(f"made-up-{n}", now, known=False)
     assert len(ledger) == 4
-    assert ledger.entry("made-up-9", START + 10) is not None
-    assert ledger.entry("made-up-6", START + 10) is None
-    assert ledger.entry("known", START + 10) is not None
+    assert ledger.entry("made-up-9", last) is not None
+    assert ledger.entry("made-up-6", last) is None
+    assert ledger.entry("known", last) is not None
+
+
+def test_names_made_up_fast_are_told_to_others_slowly():
+    ledger = DemandLedger("r1")
+    told = set()
+    # A thousand names a second for ten minutes would be 600,000.
+    for step in range(2400):
+        now = START + step / 4
+        for n in range(10):
+            ledger.requested(f"made-up-{step}-{n}", now, known=False)
+        told |= {entry.model for entry in ledger.due(now)}
+    assert len(told) <= MOST_UNKNOWN * (600 / UNKNOWN_KEPT + 1)
 
 
 def test_unknown_names_in_use_are_not_pushed_out():
@@ -248,9 +262,10 @@ def test_unknown_names_in_use_are_not_pushed_out():
     ledger.waits("z", START, known=False)
     assert ledger.entry("z", START) is None
     ledger.waits_no_more("x", START)
-    ledger.waits("z", START, known=False)
-    assert ledger.entry("z", START) is not None
-    assert ledger.entry("x", START) is None
+    later = START + UNKNOWN_KEPT
+    ledger.waits("z", later, known=False)
+    assert ledger.entry("z", later) is not None
+    assert ledger.entry("x", later) is None
 
 
 def test_a_name_that_becomes_known_makes_room():
