@@ -38,16 +38,16 @@ CACHE = Path("~/.cache/mesh-peers")
 
 PROGRAMS = ("llama-server", "llama-batched-bench", "llama-perplexity", "ggml-rpc-server")
 
-WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+AVOIDED = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16 -mno-avx512fp16"
 
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "OFF",  # programs that can be moved
-    # these three as infra/setup_env.py builds our own, which tells why there is no AMX
+    # these three as infra/setup_env.py builds our own, which tells what is wrong with these
     "GGML_NATIVE": "ON",
     "GGML_RPC": "ON",
-    "CMAKE_C_FLAGS": WITHOUT_AMX,
-    "CMAKE_CXX_FLAGS": WITHOUT_AMX,
+    "CMAKE_C_FLAGS": AVOIDED,
+    "CMAKE_CXX_FLAGS": AVOIDED,
     "LLAMA_BUILD_APP": "OFF",
     "LLAMA_BUILD_EXAMPLES": "OFF",
     "LLAMA_BUILD_SERVER": "ON",

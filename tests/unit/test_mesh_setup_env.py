@@ -80,19 +80,21 @@ def fake_compiler(folder: Path, *, refuses: str) -> str:
     return str(compiler)
 
 
-def test_llama_cpp_is_built_for_this_cpu_without_amx(
+def test_llama_cpp_is_built_for_this_cpu_but_without_amx_and_fp16(
     setup_env: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CMAKE_ARGS", raising=False)
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, refuses="nothing"))
-    flags = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    flags = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16 -mno-avx512fp16"
     assert shlex.split(setup_env.build_arguments()) == [
         "-DGGML_NATIVE=ON",
         f"-DCMAKE_C_FLAGS={flags}",
         f"-DCMAKE_CXX_FLAGS={flags}",
     ]
-    # An older compiler, or one for another kind of CPU, knows no such flags.
+    # An older compiler knows some of these flags, one for another kind of CPU none.
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, refuses="-mno-amx-tile"))
+    assert "-DCMAKE_CXX_FLAGS=-mno-avx512fp16" in shlex.split(setup_env.build_arguments())
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, refuses="-mno"))
     assert setup_env.build_arguments() == "-DGGML_NATIVE=ON"
     # The last one of two counts.
     monkeypatch.setenv("CMAKE_ARGS", "-DGGML_NATIVE=OFF")
