@@ -5,8 +5,10 @@ from hypothesis import strategies as st
 
 from worker.engine.scheduler import (
     LEAST_PREFILL,
+    LONG_PROMPT,
     OLDEST_SHARE,
     REPLAY_ROWS,
+    WIDE_ROWS,
     Pace,
     plan,
     stretch,
@@ -95,6 +97,44 @@ def test_where_decoding_alone_is_slow_a_prefill_may_lengthen_a_step_by_half():
         pace.measured(32, 16, 0.16 + 16 / 200)
 
     assert pace.budget(32) == 32 + 16
+
+
+def pace_of(decode: float, row: float, wide_row: float) -> Pace:
+    """Four that decode; seconds of such a step, and of rows in small and in wide pieces."""
+    pace = Pace(512)
+    for _ in range(30):
+        pace.measured(4, 0, decode)
+        pace.measured(4, 16, decode + 16 * row, widest=16)
+        pace.measured(4, WIDE_ROWS, decode + WIDE_ROWS * wide_row, widest=WIDE_ROWS)
+    return pace
+
+
+def test_a_long_prompt_gets_wide_pieces_where_a_step_stays_short_enough():
+    pace = pace_of(decode=0.02, row=0.006, wide_row=0.003)
+
+    assert pace.budget(4, prefills=[1000]) == 4 + WIDE_ROWS
+    # Its end, a short prompt, and one that comes after a short one disturb nobody so much.
+    assert pace.budget(4, prefills=[LONG_PROMPT - 1]) == 4 + 10
+    assert pace.budget(4, prefills=[40, 1000]) == 4 + 10
+    # Where nobody decodes it always does.
+    assert pace.budget(0, prefills=[WIDE_ROWS]) == WIDE_ROWS
+    assert pace.budget(0, prefills=[WIDE_ROWS - 1]) == 42
+
+
+def test_others_have_what_they_had_beside_a_wide_piece():
+    pace = pace_of(decode=0.02, row=0.006, wide_row=0.003)
+
+    budget = pace.budget(4, prefills=[1000, 300])
+    assert budget == 4 + WIDE_ROWS + 10
+    assert plan([1, 1, 1, 1, 1000, 300], budget)[4:] == [WIDE_ROWS, 10]
+    assert plan([1, 1, 1, 1, 1000, 6], pace.budget(4, prefills=[1000, 6]))[4:] == [WIDE_ROWS, 6]
+
+
+def test_where_a_wide_piece_takes_too_long_pieces_stay_small():
+    pace = pace_of(decode=0.1, row=0.02, wide_row=0.01)
+
+    assert pace.budget(4, prefills=[1000]) == 4 + 8
+    assert pace.budget(0, prefills=[1000]) == 12
 
 
 def test_a_single_last_row_is_not_left_over():

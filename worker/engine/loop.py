@@ -250,6 +250,7 @@ class Loop:
         remaining = [s.remaining for s in running]
         decoding = remaining.count(1)
         drafts: Drafts[list[int]] = ()
+        widest = 1
         alone = decoding == len(running)
         if alone:
             running.sort(key=_slot_of)
@@ -262,8 +263,14 @@ class Loop:
         if alone and not speculating:
             rows, sampled = fill_decoding(self._batch, running)
         else:
-            budget = self._pace.budget(decoding, urgent=any(s.awaited for s in running))
-            wanted = plan([s.stretch for s in running], budget)
+            stretches = [s.stretch for s in running]
+            budget = self._pace.budget(
+                decoding,
+                urgent=any(s.awaited for s in running),
+                prefills=[stretch for stretch in stretches if stretch > 1],
+            )
+            wanted = plan(stretches, budget)
+            widest = max(wanted)
             rows, sampled = fill(self._batch, running, wanted, drafts)
         # an idle prefill, with no row in this step, leaves it one of decoding alone
         alone = alone or rows == decoding
@@ -276,7 +283,7 @@ class Loop:
         if alone:
             self._threads.measured(rows, seconds)
         if not speculating:
-            self._pace.measured(decoding, rows - decoding, seconds)
+            self._pace.measured(decoding, rows - decoding, seconds, widest=widest)
         self._tally.steps += 1
         if sampled:
             before = self._tally.completion_tokens

@@ -3,12 +3,15 @@
 Running sequences get one row each, first; what the token budget leaves goes to prefills, half of it
 to the oldest, then to the shortest. The budget follows the measured speed of prefill, so that a
 long prompt delays the tokens of others, and the handling of a cancellation, by a bounded time.
+
+A prompt is computed fastest in pieces of `WIDE_ROWS` or more, which flash attention takes together;
+so a long one gets them where the step stays within its bound all the same.
 """
 
 import math
 from collections.abc import Sequence
 
-__all__ = ("REPLAY_ROWS", "Pace", "plan", "stretch")
+__all__ = ("REPLAY_ROWS", "WIDE_ROWS", "Pace", "plan", "stretch")
 
 STEP_SECONDS_BESIDE_DECODE = 0.08
 """What a step is to take in all while others decode: it bounds the gaps between their tokens, and
@@ -22,6 +25,15 @@ LEAST_PREFILL = 8
 take hardly longer a row than 16 (SmolLM2 Q4_0, one thread: 6.0 and 4.8 ms; Q4_1: 9.0 and 9.4)."""
 OLDEST_SHARE = 0.5
 """Of the prefill rows of a step, what the oldest prefill is sure of."""
+WIDE_ROWS = 64
+"""From so many rows of one sequence on, llama.cpp's flash attention works in tiles
+(`ggml_compute_forward_flash_attn_ext_f16`): behind 1,500 tokens 64 rows then take as long as 32."""
+LONG_PROMPT = 4 * WIDE_ROWS
+"""Tokens left of a prompt that may have wide pieces beside others' decoding."""
+WIDE_SECONDS_BESIDE_DECODE = 0.25
+WIDE_SECONDS_ALONE = 0.5
+"""What a step with a wide piece may take in all: where it would take longer, as with large models,
+pieces stay as small as the other bounds want them."""
 REPLAY_ROWS = 63
 """Rows of a resumed answer's own tokens that are computed together at most."""
 FIRST_PREFILL = 128
@@ -36,27 +48,44 @@ class Pace:
         self._row = 0.0
         """Seconds of a prefill row, a moving average; 0: not measured yet. Of times, not of rates:
         a step that by chance looks free would make a rate, and the next step, very large."""
+        self._wide_row = 0.0
+        """The same of steps with a wide piece."""
         self._decode = 0.0
         """Seconds of a step that only decodes, a moving average."""
 
-    def measured(self, decoding: int, prefill: int, seconds: float) -> None:
-        """A step of so many rows of each kind took so long."""
+    def measured(self, decoding: int, prefill: int, seconds: float, *, widest: int = 0) -> None:
+        """A step of so many rows of each kind took so long.
+
+        Args:
+            decoding: sequences that decode.
+            prefill: rows of prompts.
+            seconds: that the step took.
+            widest: the most prefill rows of one sequence.
+        """
         if not prefill:
             self._decode = _average(self._decode, seconds)
             return
         if decoding:
             seconds -= self._decode
-        if prefill >= LEAST_PREFILL // 2 and seconds > 0:
+        if prefill < LEAST_PREFILL // 2 or seconds <= 0:
+            return
+        if widest >= WIDE_ROWS:
+            self._wide_row = _average(self._wide_row, seconds / prefill)
+        else:
             self._row = _average(self._row, seconds / prefill)
 
-    def budget(self, decoding: int, *, urgent: bool = False) -> int:
+    def budget(self, decoding: int, *, urgent: bool = False, prefills: Sequence[int] = ()) -> int:
         """Rows for the next step in all, decode included.
 
-        `urgent`: somebody reads an answer that goes on only when its prefill is done. For him the
-        others' tokens come as far apart as prefill steps without decoding are: a few of them, since
-        what is computed together is computed faster.
+        Args:
+            decoding: sequences that decode.
+            urgent: somebody reads an answer that goes on only when its prefill is done. For him the
+                others' tokens come as far apart as prefill steps without decoding are: a few of
+                them, since what is computed together is computed faster.
+            prefills: the `stretch` of each sequence that does not decode, by age.
         """
-        if not self._row:
+        row = self._row or self._wide_row
+        if not row:
             return min(self._most, decoding + FIRST_PREFILL)
         left = STEP_SECONDS_ALONE
         if decoding:
@@ -65,7 +94,20 @@ class Pace:
                 wanted - self._decode,
                 min(self._decode, STEP_SECONDS_ALONE) * MOST_SLOWDOWN,
             )
-        return min(self._most, decoding + max(LEAST_PREFILL, round(left / self._row)))
+        rows = max(LEAST_PREFILL, round(left / row))
+        if rows < WIDE_ROWS and self._wide(decoding, prefills):
+            # The others keep what they would have had.
+            rows = WIDE_ROWS + (min(rows, *prefills) if len(prefills) > 1 else 0)
+        return min(self._most, decoding + rows)
+
+    def _wide(self, decoding: int, prefills: Sequence[int]) -> bool:
+        """Whether the oldest prefill is to have a wide piece although it takes longer."""
+        longest = prefills[0] if prefills else 0
+        if decoding:
+            wanted, bound = LONG_PROMPT, WIDE_SECONDS_BESIDE_DECODE - self._decode
+        else:
+            wanted, bound = WIDE_ROWS, WIDE_SECONDS_ALONE
+        return longest >= wanted and WIDE_ROWS * (self._wide_row or self._row) <= bound
 
 
 def _average(average: float, value: float) -> float:
@@ -100,9 +142,10 @@ def plan(remaining: Sequence[int], budget: int) -> list[int]:
     """Rows for each sequence, given the `stretch` each has yet to compute, in order of age.
 
     A sequence with one token left is decoding and always gets its row. Of what the budget leaves,
-    the oldest prefill gets `OLDEST_SHARE`, so that it gets on whatever comes; then comes the
-    shortest, so that a short prompt does not wait for a long one, then the others by age: each
-    number of rows that occurs costs llama.cpp a pass of its own. The sum is at most
+    the oldest prefill gets `OLDEST_SHARE`, so that it gets on whatever comes, or a wide piece if it
+    leaves one; then comes the shortest, so that a short prompt does not wait for a long one, then
+    the others by age: each number of rows that occurs costs llama.cpp a pass of its own. The sum is
+    at most
     `max(budget, number of decoding sequences)`.
     """
     rows = [min(count, 1) for count in remaining]
@@ -113,7 +156,10 @@ def plan(remaining: Sequence[int], budget: int) -> list[int]:
     if not prefills:
         return rows
     oldest = prefills[0]
-    rows[oldest] = min(remaining[oldest], math.ceil(left * OLDEST_SHARE))
+    sure = math.ceil(left * OLDEST_SHARE)
+    if left >= WIDE_ROWS:
+        sure = max(sure, WIDE_ROWS)
+    rows[oldest] = min(remaining[oldest], sure)
     left -= rows[oldest]
     shortest = min(prefills, key=lambda i: remaining[i])
     for i in (shortest, *prefills):
