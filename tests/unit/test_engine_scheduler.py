@@ -1,5 +1,7 @@
 """Scheduling: every decoding sequence gets its row, prefill fits the rest, progress is certain."""
 
+import math
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +12,7 @@ from worker.engine.scheduler import (
     REPLAY_ROWS,
     WIDE_ROWS,
     Pace,
+    RowTime,
     plan,
     stretch,
 )
@@ -128,6 +131,38 @@ def test_others_have_what_they_had_beside_a_wide_piece():
     assert budget == 4 + WIDE_ROWS + 10
     assert plan([1, 1, 1, 1, 1000, 300], budget)[4:] == [WIDE_ROWS, 10]
     assert plan([1, 1, 1, 1, 1000, 6], pace.budget(4, prefills=[1000, 6]))[4:] == [WIDE_ROWS, 6]
+
+
+def test_what_a_row_takes_is_known_by_its_depth():
+    rows = RowTime()
+    assert rows.at(100) == 0
+    rows.add(0, 0.001)
+    assert rows.at(1000) == 0.001
+    for depth in range(0, 1500, 64):
+        rows.add(depth, 0.001 + 2e-6 * depth)
+
+    assert math.isclose(rows.at(1500), 0.004, rel_tol=0.01)
+    assert math.isclose(rows.at(500), 0.002, rel_tol=0.01)
+    # Half of the mean, which is near the last ones: an outlier cannot make it free.
+    assert 0.001 <= rows.at(0) < 0.0016
+
+
+@given(st.lists(st.tuples(st.integers(0, 9000), st.floats(1e-6, 10)), min_size=1, max_size=50))
+def test_what_a_row_takes_is_never_nothing(measured):
+    rows = RowTime()
+    for depth, seconds in measured:
+        rows.add(depth, seconds)
+
+    assert all(rows.at(depth) > 0 for depth in (0, 500, 9000))
+
+
+def test_after_a_deep_prompt_the_next_has_wide_pieces_at_once():
+    pace = pace_of(decode=0.02, row=0.006, wide_row=0.0015)
+    for depth in range(0, 3000, WIDE_ROWS):
+        pace.measured(0, WIDE_ROWS, WIDE_ROWS * (0.0015 + 2e-6 * depth), widest=64, depth=depth)
+
+    assert pace.budget(4, prefills=[900], depth=2900) == 4 + 10
+    assert pace.budget(4, prefills=[900], depth=0) == 4 + WIDE_ROWS
 
 
 def test_where_a_wide_piece_takes_too_long_pieces_stay_small():

@@ -250,7 +250,7 @@ class Loop:
         remaining = [s.remaining for s in running]
         decoding = remaining.count(1)
         drafts: Drafts[list[int]] = ()
-        widest = 1
+        widest, depth = 1, 0
         alone = decoding == len(running)
         if alone:
             running.sort(key=_slot_of)
@@ -264,10 +264,14 @@ class Loop:
             rows, sampled = fill_decoding(self._batch, running)
         else:
             stretches = [s.stretch for s in running]
+            prefills = [s for s in running if s.stretch > 1]
+            oldest = prefills[0].slot if prefills else None
+            depth = oldest.cached if oldest is not None else 0
             budget = self._pace.budget(
                 decoding,
                 urgent=any(s.awaited for s in running),
-                prefills=[stretch for stretch in stretches if stretch > 1],
+                prefills=[s.stretch for s in prefills],
+                depth=depth,
             )
             wanted = plan(stretches, budget)
             widest = max(wanted)
@@ -283,7 +287,7 @@ class Loop:
         if alone:
             self._threads.measured(rows, seconds)
         if not speculating:
-            self._pace.measured(decoding, rows - decoding, seconds, widest=widest)
+            self._pace.measured(decoding, rows - decoding, seconds, widest=widest, depth=depth)
         self._tally.steps += 1
         if sampled:
             before = self._tally.completion_tokens

@@ -11,7 +11,7 @@ so a long one gets them where the step stays within its bound all the same.
 import math
 from collections.abc import Sequence
 
-__all__ = ("REPLAY_ROWS", "WIDE_ROWS", "Pace", "plan", "stretch")
+__all__ = ("REPLAY_ROWS", "WIDE_ROWS", "Pace", "RowTime", "plan", "stretch")
 
 STEP_SECONDS_BESIDE_DECODE = 0.08
 """What a step is to take in all while others decode: it bounds the gaps between their tokens, and
@@ -30,14 +30,51 @@ WIDE_ROWS = 64
 (`ggml_compute_forward_flash_attn_ext_f16`): behind 1,500 tokens 64 rows then take as long as 32."""
 LONG_PROMPT = 4 * WIDE_ROWS
 """Tokens left of a prompt that may have wide pieces beside others' decoding."""
-WIDE_SECONDS_BESIDE_DECODE = 0.25
+WIDE_SECONDS_BESIDE_DECODE = 0.35
 WIDE_SECONDS_ALONE = 0.5
 """What a step with a wide piece may take in all: where it would take longer, as with large models,
-pieces stay as small as the other bounds want them."""
+pieces stay as small as the other bounds want them. Eight rows of a prompt that is 1,000 tokens deep
+take 70 ms here, 64 take 200: so much more of them is the price of short gaps."""
 REPLAY_ROWS = 63
 """Rows of a resumed answer's own tokens that are computed together at most."""
 FIRST_PREFILL = 128
 """Rows of the first prefill, from which the speed is learnt."""
+
+
+class RowTime:
+    """Seconds of a prefill row over the depth at which it is computed: a line through what was
+    measured of late, by least squares with weights that fade.
+    """
+
+    FADE = 0.9
+    """Weight of a measurement after the next one."""
+
+    def __init__(self) -> None:
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+        """Of weights, depths, seconds, squares of depths, and products of depths and seconds."""
+
+    def add(self, depth: float, seconds: float) -> None:
+        """A row at that depth took so long, in the mean of a step."""
+        weight, depths, times, squares, products = (self.FADE * one for one in self._sums)
+        self._sums = (
+            weight + 1,
+            depths + depth,
+            times + seconds,
+            squares + depth * depth,
+            products + depth * seconds,
+        )
+
+    def at(self, depth: float) -> float:
+        """What a row takes there; 0: nothing was measured. Never less than half of the mean."""
+        weight, depths, times, squares, products = self._sums
+        if not weight:
+            return 0.0
+        mean_depth, mean = depths / weight, times / weight
+        spread = squares / weight - mean_depth**2
+        if spread < 1.0:
+            return mean
+        slope = (products / weight - mean_depth * mean) / spread
+        return max(mean / 2, mean + max(0.0, slope) * (depth - mean_depth))
 
 
 class Pace:
@@ -48,12 +85,15 @@ class Pace:
         self._row = 0.0
         """Seconds of a prefill row, a moving average; 0: not measured yet. Of times, not of rates:
         a step that by chance looks free would make a rate, and the next step, very large."""
-        self._wide_row = 0.0
-        """The same of steps with a wide piece."""
+        self._wide_row = RowTime()
+        """The same of steps with a wide piece. Few steps tell of it, so depth has to be kept apart:
+        behind 1,500 tokens a row takes three times as long as behind none."""
         self._decode = 0.0
         """Seconds of a step that only decodes, a moving average."""
 
-    def measured(self, decoding: int, prefill: int, seconds: float, *, widest: int = 0) -> None:
+    def measured(
+        self, decoding: int, prefill: int, seconds: float, *, widest: int = 0, depth: int = 0
+    ) -> None:
         """A step of so many rows of each kind took so long.
 
         Args:
@@ -61,6 +101,7 @@ class Pace:
             prefill: rows of prompts.
             seconds: that the step took.
             widest: the most prefill rows of one sequence.
+            depth: tokens of that sequence that were computed before.
         """
         if not prefill:
             self._decode = _average(self._decode, seconds)
@@ -70,11 +111,18 @@ class Pace:
         if prefill < LEAST_PREFILL // 2 or seconds <= 0:
             return
         if widest >= WIDE_ROWS:
-            self._wide_row = _average(self._wide_row, seconds / prefill)
+            self._wide_row.add(depth, seconds / prefill)
         else:
             self._row = _average(self._row, seconds / prefill)
 
-    def budget(self, decoding: int, *, urgent: bool = False, prefills: Sequence[int] = ()) -> int:
+    def budget(
+        self,
+        decoding: int,
+        *,
+        urgent: bool = False,
+        prefills: Sequence[int] = (),
+        depth: int = 0,
+    ) -> int:
         """Rows for the next step in all, decode included.
 
         Args:
@@ -83,8 +131,9 @@ class Pace:
                 others' tokens come as far apart as prefill steps without decoding are: a few of
                 them, since what is computed together is computed faster.
             prefills: the `stretch` of each sequence that does not decode, by age.
+            depth: tokens of the oldest of these that are computed.
         """
-        row = self._row or self._wide_row
+        row = self._row or self._wide_row.at(depth)
         if not row:
             return min(self._most, decoding + FIRST_PREFILL)
         left = STEP_SECONDS_ALONE
@@ -95,19 +144,20 @@ class Pace:
                 min(self._decode, STEP_SECONDS_ALONE) * MOST_SLOWDOWN,
             )
         rows = max(LEAST_PREFILL, round(left / row))
-        if rows < WIDE_ROWS and self._wide(decoding, prefills):
+        if rows < WIDE_ROWS and self._wide(decoding, prefills, depth):
             # The others keep what they would have had.
             rows = WIDE_ROWS + (min(rows, *prefills) if len(prefills) > 1 else 0)
         return min(self._most, decoding + rows)
 
-    def _wide(self, decoding: int, prefills: Sequence[int]) -> bool:
+    def _wide(self, decoding: int, prefills: Sequence[int], depth: int) -> bool:
         """Whether the oldest prefill is to have a wide piece although it takes longer."""
         longest = prefills[0] if prefills else 0
         if decoding:
             wanted, bound = LONG_PROMPT, WIDE_SECONDS_BESIDE_DECODE - self._decode
         else:
             wanted, bound = WIDE_ROWS, WIDE_SECONDS_ALONE
-        return longest >= wanted and WIDE_ROWS * (self._wide_row or self._row) <= bound
+        row = self._wide_row.at(depth) or self._row
+        return longest >= wanted and WIDE_ROWS * row <= bound
 
 
 def _average(average: float, value: float) -> float:
