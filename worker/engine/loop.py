@@ -24,7 +24,7 @@ from worker.engine.lanes import deal, overlap
 from worker.engine.llama import Batch
 from worker.engine.outbox import Outbox
 from worker.engine.prefixes import Prefixes
-from worker.engine.scheduler import Pace, plan
+from worker.engine.scheduler import Pace, Piece, plan
 from worker.engine.sequence import NoTokenLeft, Sequence
 from worker.engine.slots import TOKENS_A_GAP_STEP, Placement, Slots, hole
 from worker.engine.speculation.candidates import Candidate
@@ -250,7 +250,7 @@ class Loop:
         remaining = [s.remaining for s in running]
         decoding = remaining.count(1)
         drafts: Drafts[list[int]] = ()
-        widest, depth = 1, 0
+        pieces: Drafts[Piece] = ()
         alone = decoding == len(running)
         if alone:
             running.sort(key=_slot_of)
@@ -263,18 +263,18 @@ class Loop:
         if alone and not speculating:
             rows, sampled = fill_decoding(self._batch, running)
         else:
-            stretches = [s.stretch for s in running]
-            prefills = [s for s in running if s.stretch > 1]
-            oldest = prefills[0].slot if prefills else None
-            depth = oldest.cached if oldest is not None else 0
+            left = [Piece(s.stretch, s.computed) for s in running]
             budget = self._pace.budget(
                 decoding,
+                [piece for piece in left if piece.rows > 1],
                 urgent=any(s.awaited for s in running),
-                prefills=[s.stretch for s in prefills],
-                depth=depth,
             )
-            wanted = plan(stretches, budget)
-            widest = max(wanted)
+            wanted = plan([piece.rows for piece in left], budget)
+            pieces = [
+                Piece(rows, piece.depth)
+                for rows, piece in zip(wanted, left, strict=True)
+                if piece.rows > 1
+            ]
             rows, sampled = fill(self._batch, running, wanted, drafts)
         # an idle prefill, with no row in this step, leaves it one of decoding alone
         alone = alone or rows == decoding
@@ -287,7 +287,7 @@ class Loop:
         if alone:
             self._threads.measured(rows, seconds)
         if not speculating:
-            self._pace.measured(decoding, rows - decoding, seconds, widest=widest, depth=depth)
+            self._pace.measured(decoding, pieces, seconds)
         self._tally.steps += 1
         if sampled:
             before = self._tally.completion_tokens
@@ -324,7 +324,7 @@ class Loop:
         rounds = overlap(lanes, begin, finish) / len(lanes)
         self._tally.steps += round(rounds)
         seconds = (time.perf_counter() - began) / rounds
-        self._pace.measured(count, 0, seconds)
+        self._pace.measured(count, (), seconds)
         if self._speculator is not None:
             tokens = self._tally.completion_tokens - before
             self._speculator.finished(round(tokens / rounds), seconds, count)

@@ -10,8 +10,9 @@ so a long one gets them where the step stays within its bound all the same.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
-__all__ = ("REPLAY_ROWS", "WIDE_ROWS", "Pace", "RowTime", "plan", "stretch")
+__all__ = ("REPLAY_ROWS", "WIDE_ROWS", "Pace", "Piece", "RowTime", "plan", "stretch")
 
 STEP_SECONDS_BESIDE_DECODE = 0.08
 """What a step is to take in all while others decode: it bounds the gaps between their tokens, and
@@ -65,7 +66,7 @@ class RowTime:
         )
 
     def at(self, depth: float) -> float:
-        """What a row takes there; 0: nothing was measured. Never less than half of the mean."""
+        """What a row takes there; 0: nothing was measured. Never less than an eighth of the mean."""
         weight, depths, times, squares, products = self._sums
         if not weight:
             return 0.0
@@ -74,35 +75,37 @@ class RowTime:
         if spread < 1.0:
             return mean
         slope = (products / weight - mean_depth * mean) / spread
-        return max(mean / 2, mean + max(0.0, slope) * (depth - mean_depth))
+        return max(mean / 8, mean + max(0.0, slope) * (depth - mean_depth))
+
+
+class Piece(NamedTuple):
+    """Rows of one prompt in a step, or that are left of it."""
+
+    rows: int
+    depth: int
+    """Tokens of its sequence that are computed before."""
 
 
 class Pace:
-    """Prefill rows a step may hold, from measured times."""
+    """Prefill rows a step may hold, from measured times.
+
+    Times are kept by depth: behind 1,500 tokens a row takes several times as long as behind none.
+    Kept are times and not rates: a step that by chance looks free would make a rate, and the next
+    step, very large.
+    """
 
     def __init__(self, step_tokens: int) -> None:
         self._most = step_tokens
-        self._row = 0.0
-        """Seconds of a prefill row, a moving average; 0: not measured yet. Of times, not of rates:
-        a step that by chance looks free would make a rate, and the next step, very large."""
+        self._row = RowTime()
+        """Of steps without a wide piece."""
         self._wide_row = RowTime()
-        """The same of steps with a wide piece. Few steps tell of it, so depth has to be kept apart:
-        behind 1,500 tokens a row takes three times as long as behind none."""
+        """Of steps with one."""
         self._decode = 0.0
         """Seconds of a step that only decodes, a moving average."""
 
-    def measured(
-        self, decoding: int, prefill: int, seconds: float, *, widest: int = 0, depth: int = 0
-    ) -> None:
-        """A step of so many rows of each kind took so long.
-
-        Args:
-            decoding: sequences that decode.
-            prefill: rows of prompts.
-            seconds: that the step took.
-            widest: the most prefill rows of one sequence.
-            depth: tokens of that sequence that were computed before.
-        """
+    def measured(self, decoding: int, pieces: Sequence[Piece], seconds: float) -> None:
+        """A step of so many decoding sequences and these pieces of prompts took so long."""
+        prefill = sum(piece.rows for piece in pieces)
         if not prefill:
             self._decode = _average(self._decode, seconds)
             return
@@ -110,30 +113,22 @@ class Pace:
             seconds -= self._decode
         if prefill < LEAST_PREFILL // 2 or seconds <= 0:
             return
-        if widest >= WIDE_ROWS:
-            self._wide_row.add(depth, seconds / prefill)
-        else:
-            self._row = _average(self._row, seconds / prefill)
+        depth = sum(piece.rows * piece.depth for piece in pieces) / prefill
+        wide = max(piece.rows for piece in pieces) >= WIDE_ROWS
+        (self._wide_row if wide else self._row).add(depth, seconds / prefill)
 
-    def budget(
-        self,
-        decoding: int,
-        *,
-        urgent: bool = False,
-        prefills: Sequence[int] = (),
-        depth: int = 0,
-    ) -> int:
+    def budget(self, decoding: int, prefills: Sequence[Piece] = (), *, urgent: bool = False) -> int:
         """Rows for the next step in all, decode included.
 
         Args:
             decoding: sequences that decode.
+            prefills: what is left of the others, by age: rows are the `stretch` of each.
             urgent: somebody reads an answer that goes on only when its prefill is done. For him the
                 others' tokens come as far apart as prefill steps without decoding are: a few of
                 them, since what is computed together is computed faster.
-            prefills: the `stretch` of each sequence that does not decode, by age.
-            depth: tokens of the oldest of these that are computed.
         """
-        row = self._row or self._wide_row.at(depth)
+        depth = sum(piece.depth for piece in prefills) / len(prefills) if prefills else 0.0
+        row = self._row.at(depth) or self._wide_row.at(depth)
         if not row:
             return min(self._most, decoding + FIRST_PREFILL)
         left = STEP_SECONDS_ALONE
@@ -144,20 +139,27 @@ class Pace:
                 min(self._decode, STEP_SECONDS_ALONE) * MOST_SLOWDOWN,
             )
         rows = max(LEAST_PREFILL, round(left / row))
-        if rows < WIDE_ROWS and self._wide(decoding, prefills, depth):
-            # The others keep what they would have had.
-            rows = WIDE_ROWS + (min(rows, *prefills) if len(prefills) > 1 else 0)
+        if rows < WIDE_ROWS:
+            rows = max(rows, self._wide(decoding, prefills))
         return min(self._most, decoding + rows)
 
-    def _wide(self, decoding: int, prefills: Sequence[int], depth: int) -> bool:
-        """Whether the oldest prefill is to have a wide piece although it takes longer."""
-        longest = prefills[0] if prefills else 0
-        if decoding:
-            wanted, bound = LONG_PROMPT, WIDE_SECONDS_BESIDE_DECODE - self._decode
-        else:
-            wanted, bound = WIDE_ROWS, WIDE_SECONDS_ALONE
-        row = self._wide_row.at(depth) or self._row
-        return longest >= wanted and WIDE_ROWS * row <= bound
+    def _wide(self, decoding: int, prefills: Sequence[Piece]) -> int:
+        """Rows of a step with a wide piece, and what it leaves others room for; 0: too slow."""
+        least = LONG_PROMPT if decoding else WIDE_ROWS
+        bound = WIDE_SECONDS_BESIDE_DECODE - self._decode if decoding else WIDE_SECONDS_ALONE
+        long = next((n for n, piece in enumerate(prefills) if piece.rows >= least), None)
+        if long is None:
+            return 0
+        depth = prefills[long].depth
+        left = bound - WIDE_ROWS * (self._wide_row.at(depth) or self._row.at(depth))
+        if left < 0:
+            return 0
+        others = [piece for n, piece in enumerate(prefills) if n != long]
+        if not others:
+            return WIDE_ROWS
+        row = self._row.at(others[0].depth) or self._wide_row.at(others[0].depth)
+        room = max(LEAST_PREFILL, round(left / row))
+        return WIDE_ROWS + min(room, sum(piece.rows for piece in others))
 
 
 def _average(average: float, value: float) -> float:
@@ -192,10 +194,10 @@ def plan(remaining: Sequence[int], budget: int) -> list[int]:
     """Rows for each sequence, given the `stretch` each has yet to compute, in order of age.
 
     A sequence with one token left is decoding and always gets its row. Of what the budget leaves,
-    the oldest prefill gets `OLDEST_SHARE`, so that it gets on whatever comes, or a wide piece if it
-    leaves one; then comes the shortest, so that a short prompt does not wait for a long one, then
-    the others by age: each number of rows that occurs costs llama.cpp a pass of its own. The sum is
-    at most
+    the oldest that can fill it gets a wide piece, where it leaves one; then the oldest of all gets
+    `OLDEST_SHARE`, so that it gets on whatever comes; then comes the shortest, so that a short
+    prompt does not wait for a long one, then the others by age: each number of rows that occurs
+    costs llama.cpp a pass of its own. The sum is at most
     `max(budget, number of decoding sequences)`.
     """
     rows = [min(count, 1) for count in remaining]
@@ -205,12 +207,14 @@ def plan(remaining: Sequence[int], budget: int) -> list[int]:
         rows[i] = 0
     if not prefills:
         return rows
+    wide = next((i for i in prefills if remaining[i] >= WIDE_ROWS), None)
+    if wide is not None and left >= WIDE_ROWS:
+        rows[wide] = WIDE_ROWS
+        left -= WIDE_ROWS
     oldest = prefills[0]
-    sure = math.ceil(left * OLDEST_SHARE)
-    if left >= WIDE_ROWS:
-        sure = max(sure, WIDE_ROWS)
-    rows[oldest] = min(remaining[oldest], sure)
-    left -= rows[oldest]
+    more = min(remaining[oldest] - rows[oldest], math.ceil(left * OLDEST_SHARE))
+    rows[oldest] += more
+    left -= more
     shortest = min(prefills, key=lambda i: remaining[i])
     for i in (shortest, *prefills):
         more = min(remaining[i] - rows[i], left)

@@ -134,6 +134,11 @@ class Sequence:
         return -1 if self.slot is None else self.slot.index
 
     @property
+    def computed(self) -> int:
+        """Tokens that are in the cache."""
+        return 0 if self.slot is None else self.slot.cached
+
+    @property
     def stretch(self) -> int:
         """Tokens that may be computed in one step, as `scheduler.stretch` says."""
         slot = self.slot
