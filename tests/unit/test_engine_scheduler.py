@@ -1,7 +1,5 @@
 """Scheduling: every decoding sequence gets its row, prefill fits the rest, progress is certain."""
 
-import math
-
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +11,6 @@ from worker.engine.scheduler import (
     WIDE_ROWS,
     Pace,
     Piece,
-    RowTime,
     plan,
     stretch,
 )
@@ -78,8 +75,9 @@ def test_for_an_answer_that_goes_on_a_step_beside_decoding_is_as_long_as_without
         pace.measured(4, [Piece(100, 0)], 0.03 + 100 / 2000)
 
     assert pace.budget(4) == 4 + 100
-    assert pace.budget(4, urgent=True) == 4 + 440
-    assert pace.budget(0, urgent=True) == pace.budget(0) == 500
+    assert abs(pace.budget(4, urgent=True) - (4 + 440)) <= 10
+    assert pace.budget(0, urgent=True) == pace.budget(0)
+    assert abs(pace.budget(0) - 500) <= 10
 
 
 def test_a_step_that_looks_free_does_not_make_the_next_one_huge():
@@ -108,7 +106,8 @@ def pace_of(decode: float, row: float, wide_row: float) -> Pace:
     pace = Pace(512)
     for _ in range(60):
         pace.measured(4, (), decode)
-        pace.measured(4, [Piece(16, 0)], decode + 16 * row)
+        for rows in (8, 24):
+            pace.measured(4, [Piece(rows, 0)], decode + rows * row)
         pace.measured(4, [Piece(WIDE_ROWS, 0)], decode + WIDE_ROWS * wide_row)
     return pace
 
@@ -130,32 +129,10 @@ def test_beside_a_wide_piece_others_have_the_time_that_is_left():
     short = pace.budget(4, [Piece(20, 0), Piece(1000, 0)])
     assert short == 4 + WIDE_ROWS + 20
     assert plan([1, 1, 1, 1, 20, 1000], short)[4:] == [20, WIDE_ROWS]
-    # 0.35 s, less 0.02 for decoding and 0.192 for the wide piece.
+    # 0.5 s, less 0.02 for decoding and 0.192 for the wide piece.
     two = pace.budget(4, [Piece(1000, 0), Piece(300, 0)])
-    assert two == 4 + WIDE_ROWS + 23
-    assert plan([1, 1, 1, 1, 1000, 300], two)[4:] == [WIDE_ROWS + 12, 11]
-
-
-def test_what_a_row_takes_is_known_by_its_depth():
-    rows = RowTime()
-    assert rows.at(100) == 0
-    rows.add(0, 0.001)
-    assert rows.at(1000) == 0.001
-    for depth in range(0, 1500, 64):
-        rows.add(depth, 0.001 + 2e-6 * depth)
-
-    assert math.isclose(rows.at(1500), 0.004, rel_tol=0.01)
-    assert math.isclose(rows.at(500), 0.002, rel_tol=0.01)
-    assert math.isclose(rows.at(0), 0.001, rel_tol=0.01)
-
-
-@given(st.lists(st.tuples(st.integers(0, 9000), st.floats(1e-6, 10)), min_size=1, max_size=50))
-def test_what_a_row_takes_is_never_nothing(measured):
-    rows = RowTime()
-    for depth, seconds in measured:
-        rows.add(depth, seconds)
-
-    assert all(rows.at(depth) > 0 for depth in (0, 500, 9000))
+    assert two == 4 + WIDE_ROWS + 48
+    assert plan([1, 1, 1, 1, 1000, 300], two)[4:] == [WIDE_ROWS + 24, 24]
 
 
 def test_after_a_deep_prompt_the_next_has_wide_pieces_at_once():

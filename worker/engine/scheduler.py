@@ -12,7 +12,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ("REPLAY_ROWS", "WIDE_ROWS", "Pace", "Piece", "RowTime", "plan", "stretch")
+from worker.engine.step_time import StepTime
+
+__all__ = ("REPLAY_ROWS", "WIDE_ROWS", "Pace", "Piece", "plan", "stretch")
 
 STEP_SECONDS_BESIDE_DECODE = 0.08
 """What a step is to take in all while others decode: it bounds the gaps between their tokens, and
@@ -31,51 +33,16 @@ WIDE_ROWS = 64
 (`ggml_compute_forward_flash_attn_ext_f16`): behind 1,500 tokens 64 rows then take as long as 32."""
 LONG_PROMPT = 4 * WIDE_ROWS
 """Tokens left of a prompt that may have wide pieces beside others' decoding."""
-WIDE_SECONDS_BESIDE_DECODE = 0.35
+WIDE_SECONDS_BESIDE_DECODE = 0.5
 WIDE_SECONDS_ALONE = 0.5
 """What a step with a wide piece may take in all: where it would take longer, as with large models,
-pieces stay as small as the other bounds want them. Eight rows of a prompt that is 1,000 tokens deep
-take 70 ms here, 64 take 200: so much more of them is the price of short gaps."""
+pieces stay as small as the other bounds want them. On the project's Xeon 8 rows behind 900 tokens
+take 50 ms, 64 take 190: with pieces of 8 a prompt of 1,500 tokens beside four streams took 20 s and
+all were slower, with 64 PIECES."""
 REPLAY_ROWS = 63
 """Rows of a resumed answer's own tokens that are computed together at most."""
 FIRST_PREFILL = 128
 """Rows of the first prefill, from which the speed is learnt."""
-
-
-class RowTime:
-    """Seconds of a prefill row over the depth at which it is computed: a line through what was
-    measured of late, by least squares with weights that fade.
-    """
-
-    FADE = 0.9
-    """Weight of a measurement after the next one."""
-
-    def __init__(self) -> None:
-        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
-        """Of weights, depths, seconds, squares of depths, and products of depths and seconds."""
-
-    def add(self, depth: float, seconds: float) -> None:
-        """A row at that depth took so long, in the mean of a step."""
-        weight, depths, times, squares, products = (self.FADE * one for one in self._sums)
-        self._sums = (
-            weight + 1,
-            depths + depth,
-            times + seconds,
-            squares + depth * depth,
-            products + depth * seconds,
-        )
-
-    def at(self, depth: float) -> float:
-        """What a row takes there; 0: nothing was measured. Never less than an eighth of the mean."""
-        weight, depths, times, squares, products = self._sums
-        if not weight:
-            return 0.0
-        mean_depth, mean = depths / weight, times / weight
-        spread = squares / weight - mean_depth**2
-        if spread < 1.0:
-            return mean
-        slope = (products / weight - mean_depth * mean) / spread
-        return max(mean / 8, mean + max(0.0, slope) * (depth - mean_depth))
 
 
 class Piece(NamedTuple):
@@ -87,18 +54,13 @@ class Piece(NamedTuple):
 
 
 class Pace:
-    """Prefill rows a step may hold, from measured times.
-
-    Times are kept by depth: behind 1,500 tokens a row takes several times as long as behind none.
-    Kept are times and not rates: a step that by chance looks free would make a rate, and the next
-    step, very large.
-    """
+    """Prefill rows a step may hold, from measured times."""
 
     def __init__(self, step_tokens: int) -> None:
         self._most = step_tokens
-        self._row = RowTime()
+        self._small = StepTime()
         """Of steps without a wide piece."""
-        self._wide_row = RowTime()
+        self._wide = StepTime()
         """Of steps with one."""
         self._decode = 0.0
         """Seconds of a step that only decodes, a moving average."""
@@ -115,7 +77,7 @@ class Pace:
             return
         depth = sum(piece.rows * piece.depth for piece in pieces) / prefill
         wide = max(piece.rows for piece in pieces) >= WIDE_ROWS
-        (self._wide_row if wide else self._row).add(depth, seconds / prefill)
+        (self._wide if wide else self._small).add(prefill, depth, seconds)
 
     def budget(self, decoding: int, prefills: Sequence[Piece] = (), *, urgent: bool = False) -> int:
         """Rows for the next step in all, decode included.
@@ -128,8 +90,7 @@ class Pace:
                 them, since what is computed together is computed faster.
         """
         depth = sum(piece.depth for piece in prefills) / len(prefills) if prefills else 0.0
-        row = self._row.at(depth) or self._wide_row.at(depth)
-        if not row:
+        if not self._small and not self._wide:
             return min(self._most, decoding + FIRST_PREFILL)
         left = STEP_SECONDS_ALONE
         if decoding:
@@ -138,27 +99,25 @@ class Pace:
                 wanted - self._decode,
                 min(self._decode, STEP_SECONDS_ALONE) * MOST_SLOWDOWN,
             )
-        rows = max(LEAST_PREFILL, round(left / row))
+        rows = max(LEAST_PREFILL, (self._small or self._wide).rows(left, depth))
         if rows < WIDE_ROWS:
-            rows = max(rows, self._wide(decoding, prefills))
+            rows = max(rows, self._with_wide(decoding, prefills))
         return min(self._most, decoding + rows)
 
-    def _wide(self, decoding: int, prefills: Sequence[Piece]) -> int:
+    def _with_wide(self, decoding: int, prefills: Sequence[Piece]) -> int:
         """Rows of a step with a wide piece, and what it leaves others room for; 0: too slow."""
         least = LONG_PROMPT if decoding else WIDE_ROWS
         bound = WIDE_SECONDS_BESIDE_DECODE - self._decode if decoding else WIDE_SECONDS_ALONE
         long = next((n for n, piece in enumerate(prefills) if piece.rows >= least), None)
         if long is None:
             return 0
-        depth = prefills[long].depth
-        left = bound - WIDE_ROWS * (self._wide_row.at(depth) or self._row.at(depth))
+        left = bound - (self._wide or self._small).of(WIDE_ROWS, prefills[long].depth)
         if left < 0:
             return 0
         others = [piece for n, piece in enumerate(prefills) if n != long]
         if not others:
             return WIDE_ROWS
-        row = self._row.at(others[0].depth) or self._wide_row.at(others[0].depth)
-        room = max(LEAST_PREFILL, round(left / row))
+        room = max(LEAST_PREFILL, (self._small or self._wide).rows(left, others[0].depth))
         return WIDE_ROWS + min(room, sum(piece.rows for piece in others))
 
 
