@@ -28,17 +28,17 @@ LEAST_PREFILL = 8
 take hardly longer a row than 16 (SmolLM2 Q4_0, one thread: 6.0 and 4.8 ms; Q4_1: 9.0 and 9.4)."""
 OLDEST_SHARE = 0.5
 """Of the prefill rows of a step, what the oldest prefill is sure of."""
+LONGEST_STEP_SECONDS = 0.4
+"""What a step may take in all where much of prompts waits to be computed."""
+WORK_SHARE = 0.5
+"""A step beside decoding may take this share of what all that waits would take at once. Small
+pieces are dear: on the project's Xeon 8 rows behind 900 tokens take 50 ms, 64 take 190, so that in
+pieces of 8 a prompt of 1,500 tokens beside four streams took 20 s, and the streams were slower too.
+But what a short prompt adds to its one or two steps nobody notices."""
 WIDE_ROWS = 64
 """From so many rows of one sequence on, llama.cpp's flash attention works in tiles
-(`ggml_compute_forward_flash_attn_ext_f16`): behind 1,500 tokens 64 rows then take as long as 32."""
-LONG_PROMPT = 4 * WIDE_ROWS
-"""Tokens left of a prompt that may have wide pieces beside others' decoding."""
-WIDE_SECONDS_BESIDE_DECODE = 0.5
-WIDE_SECONDS_ALONE = 0.5
-"""What a step with a wide piece may take in all: where it would take longer, as with large models,
-pieces stay as small as the other bounds want them. On the project's Xeon 8 rows behind 900 tokens
-take 50 ms, 64 take 190: with pieces of 8 a prompt of 1,500 tokens beside four streams took 20 s and
-all were slower, with 64 PIECES."""
+(`ggml_compute_forward_flash_attn_ext_f16`): behind 1,500 tokens 64 rows then take as long as 32.
+Where that takes too long, as with large models, pieces stay as small as other bounds want them."""
 REPLAY_ROWS = 63
 """Rows of a resumed answer's own tokens that are computed together at most."""
 FIRST_PREFILL = 128
@@ -89,29 +89,30 @@ class Pace:
                 others' tokens come as far apart as prefill steps without decoding are: a few of
                 them, since what is computed together is computed faster.
         """
-        depth = sum(piece.depth for piece in prefills) / len(prefills) if prefills else 0.0
         if not self._small and not self._wide:
             return min(self._most, decoding + FIRST_PREFILL)
+        times = self._small or self._wide
         left = STEP_SECONDS_ALONE
         if decoding:
-            wanted = STEP_SECONDS_ALONE if urgent else STEP_SECONDS_BESIDE_DECODE
+            work = sum(times.of(rows, depth + rows / 2) for rows, depth in prefills)
+            least = STEP_SECONDS_ALONE if urgent else STEP_SECONDS_BESIDE_DECODE
+            wanted = max(least, WORK_SHARE * work)
             left = max(
-                wanted - self._decode,
+                min(LONGEST_STEP_SECONDS, wanted) - self._decode,
                 min(self._decode, STEP_SECONDS_ALONE) * MOST_SLOWDOWN,
             )
-        rows = max(LEAST_PREFILL, (self._small or self._wide).rows(left, depth))
+        depth = sum(piece.depth for piece in prefills) / len(prefills) if prefills else 0.0
+        rows = max(LEAST_PREFILL, times.rows(left, depth))
         if rows < WIDE_ROWS:
-            rows = max(rows, self._with_wide(decoding, prefills))
+            rows = max(rows, self._with_wide(left if decoding else LONGEST_STEP_SECONDS, prefills))
         return min(self._most, decoding + rows)
 
-    def _with_wide(self, decoding: int, prefills: Sequence[Piece]) -> int:
+    def _with_wide(self, seconds: float, prefills: Sequence[Piece]) -> int:
         """Rows of a step with a wide piece, and what it leaves others room for; 0: too slow."""
-        least = LONG_PROMPT if decoding else WIDE_ROWS
-        bound = WIDE_SECONDS_BESIDE_DECODE - self._decode if decoding else WIDE_SECONDS_ALONE
-        long = next((n for n, piece in enumerate(prefills) if piece.rows >= least), None)
+        long = next((n for n, piece in enumerate(prefills) if piece.rows >= WIDE_ROWS), None)
         if long is None:
             return 0
-        left = bound - (self._wide or self._small).of(WIDE_ROWS, prefills[long].depth)
+        left = seconds - (self._wide or self._small).of(WIDE_ROWS, prefills[long].depth)
         if left < 0:
             return 0
         others = [piece for n, piece in enumerate(prefills) if n != long]
