@@ -111,47 +111,49 @@ def pace_of(decode: float, row: float, wide_row: float) -> Pace:
     return pace
 
 
+def beside_four(*prompts: Piece) -> list[Piece]:
+    return [*[Piece(1, 100)] * 4, *prompts]
+
+
 def test_the_more_waits_the_longer_a_step_may_take():
     pace = pace_of(decode=0.02, row=0.006, wide_row=0.003)
 
     # A short prompt has its few steps of 80 ms, a longer one steps of half its time.
-    assert pace.budget(4, [Piece(20, 0)]) == 4 + 10
-    assert abs(pace.budget(4, [Piece(50, 0)]) - (4 + 22)) <= 1
+    assert pace.rows(beside_four(Piece(20, 0))) == [1, 1, 1, 1, 10]
+    assert 20 <= pace.rows(beside_four(Piece(50, 0)))[4] <= 23
     # What is long has wide pieces, which take less than others of so many rows.
-    assert pace.budget(4, [Piece(1000, 0)]) == 4 + WIDE_ROWS
-    assert pace.budget(0, [Piece(WIDE_ROWS, 0)]) == WIDE_ROWS
-    assert pace.budget(0, [Piece(WIDE_ROWS - 1, 0)]) == 42
+    assert pace.rows(beside_four(Piece(1000, 0)))[4] == WIDE_ROWS + 1
+    assert pace.rows([Piece(1000, 0)]) == [WIDE_ROWS]
 
 
-def test_beside_a_wide_piece_others_have_the_time_that_is_left():
+def test_a_long_prompt_and_those_beside_it_take_turns():
     pace = pace_of(decode=0.02, row=0.006, wide_row=0.003)
+    left = beside_four(Piece(20, 0), Piece(1000, 0), Piece(500, 0))
 
-    short = pace.budget(4, [Piece(20, 0), Piece(1000, 0)])
-    assert short == 4 + WIDE_ROWS + 20
-    assert plan([1, 1, 1, 1, 20, 1000], short)[4:] == [20, WIDE_ROWS]
-    # 0.4 s, less 0.02 for decoding and 0.192 for the wide piece.
-    two = pace.budget(4, [Piece(1000, 0), Piece(300, 0)])
-    assert abs(two - (4 + WIDE_ROWS + 31)) <= 1
-    rows = plan([1, 1, 1, 1, 1000, 300], two)[4:]
-    assert rows[0] >= WIDE_ROWS
-    assert rows[1] >= 8
+    steps = [pace.rows(left) for _ in range(4)]
+    assert steps[0] == steps[2] == [1, 1, 1, 1, 0, WIDE_ROWS + 1, 0]
+    assert steps[1] == steps[3]
+    # A short one is done in its first step, since all steps are long now.
+    assert steps[1][4:6] == [20, 0]
+    # With nobody beside it, it has all steps.
+    assert [pace.rows(beside_four(Piece(1000, 0)))[4] for _ in range(3)] == [WIDE_ROWS + 1] * 3
 
 
 def test_after_a_deep_prompt_the_next_has_wide_pieces_at_once():
     pace = pace_of(decode=0.02, row=0.006, wide_row=0.0015)
-    for depth in range(0, 5000, WIDE_ROWS):
+    for depth in range(0, 6000, WIDE_ROWS):
         pace.measured(0, [Piece(WIDE_ROWS, depth)], WIDE_ROWS * (0.0015 + 2e-6 * depth))
         pace.measured(0, [Piece(8, depth)], 8 * (0.006 + 2e-6 * depth))
 
-    assert pace.budget(4, [Piece(900, 4900)]) < 4 + WIDE_ROWS
-    assert pace.budget(4, [Piece(900, 0)]) == 4 + WIDE_ROWS
+    assert pace.rows(beside_four(Piece(900, 5900)))[4] < WIDE_ROWS
+    assert pace.rows(beside_four(Piece(900, 0)))[4] > WIDE_ROWS
 
 
 def test_where_a_wide_piece_takes_too_long_pieces_stay_small():
     pace = pace_of(decode=0.1, row=0.02, wide_row=0.01)
 
-    assert pace.budget(4, [Piece(1000, 0)]) == 4 + 15
-    assert pace.budget(0, [Piece(1000, 0)]) == 12
+    assert pace.rows(beside_four(Piece(1000, 0))) == [1, 1, 1, 1, 15]
+    assert pace.rows([Piece(1000, 0)]) == [12]
 
 
 def test_a_single_last_row_is_not_left_over():

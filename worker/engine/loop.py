@@ -24,7 +24,7 @@ from worker.engine.lanes import deal, overlap
 from worker.engine.llama import Batch
 from worker.engine.outbox import Outbox
 from worker.engine.prefixes import Prefixes
-from worker.engine.scheduler import Pace, Piece, plan
+from worker.engine.scheduler import Pace, Piece
 from worker.engine.sequence import NoTokenLeft, Sequence
 from worker.engine.slots import TOKENS_A_GAP_STEP, Placement, Slots, hole
 from worker.engine.speculation.candidates import Candidate
@@ -264,12 +264,7 @@ class Loop:
             rows, sampled = fill_decoding(self._batch, running)
         else:
             left = [Piece(s.stretch, s.computed) for s in running]
-            budget = self._pace.budget(
-                decoding,
-                [piece for piece in left if piece.rows > 1],
-                urgent=any(s.awaited for s in running),
-            )
-            wanted = plan([piece.rows for piece in left], budget)
+            wanted = self._pace.rows(left, urgent=any(s.awaited for s in running))
             pieces = [
                 Piece(rows, piece.depth)
                 for rows, piece in zip(wanted, left, strict=True)

@@ -9,7 +9,7 @@ so a long one gets them where the step stays within its bound all the same.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from worker.engine.step_time import StepTime
@@ -39,6 +39,8 @@ WIDE_ROWS = 64
 """From so many rows of one sequence on, llama.cpp's flash attention works in tiles
 (`ggml_compute_forward_flash_attn_ext_f16`): behind 1,500 tokens 64 rows then take as long as 32.
 Where that takes too long, as with large models, pieces stay as small as other bounds want them."""
+LONG_PROMPT = 2 * WIDE_ROWS
+"""Tokens left of a prompt that takes turns with those beside it."""
 REPLAY_ROWS = 63
 """Rows of a resumed answer's own tokens that are computed together at most."""
 FIRST_PREFILL = 128
@@ -62,6 +64,8 @@ class Pace:
         """Of steps without a wide piece."""
         self._wide = StepTime()
         """Of steps with one."""
+        self._others_turn = True
+        """Whether the last step was that of those beside a long prompt."""
         self._decode = 0.0
         """Seconds of a step that only decodes, a moving average."""
 
@@ -79,47 +83,71 @@ class Pace:
         wide = max(piece.rows for piece in pieces) >= WIDE_ROWS
         (self._wide if wide else self._small).add(prefill, depth, seconds)
 
-    def budget(self, decoding: int, prefills: Sequence[Piece] = (), *, urgent: bool = False) -> int:
-        """Rows for the next step in all, decode included.
+    def rows(self, left: Sequence[Piece], *, urgent: bool = False) -> list[int]:
+        """Rows of the next step for each sequence.
+
+        A long prompt beside others has every other step to itself, as far as prompts go: what is
+        computed with it would break its piece up, and the others would wait for it.
 
         Args:
-            decoding: sequences that decode.
-            prefills: what is left of the others, by age: rows are the `stretch` of each.
+            left: what is left of each sequence, by age: its `stretch`, 1 of those that decode.
             urgent: somebody reads an answer that goes on only when its prefill is done. For him the
                 others' tokens come as far apart as prefill steps without decoding are: a few of
                 them, since what is computed together is computed faster.
         """
-        if not self._small and not self._wide:
-            return min(self._most, decoding + FIRST_PREFILL)
+        sizes = [piece.rows for piece in left]
+        decoding = sizes.count(1)
+        prefills = [i for i, size in enumerate(sizes) if size > 1]
+        long = next((i for i in prefills if sizes[i] >= LONG_PROMPT), None)
+        if long is not None and len(prefills) > 1 and not urgent:
+            self._others_turn = not self._others_turn
+            for i in prefills:
+                if (i == long) == self._others_turn:
+                    sizes[i] = 0
+        shown = [left[i] for i in prefills if sizes[i]]
+        work = self._seconds(left[i] for i in prefills)
+        return plan(sizes, self.budget(decoding, shown, work=work, urgent=urgent))
+
+    def budget(
+        self,
+        decoding: int,
+        prefills: Sequence[Piece] = (),
+        *,
+        work: float = 0.0,
+        urgent: bool = False,
+    ) -> int:
+        """Rows for the next step in all, decode included.
+
+        Args:
+            decoding: sequences that decode.
+            prefills: what is left of the others that may have rows, by age.
+            work: seconds that all prefills together would take.
+            urgent: as in `rows`.
+        """
         times = self._small or self._wide
+        if not times:
+            return min(self._most, decoding + FIRST_PREFILL)
         left = STEP_SECONDS_ALONE
         if decoding:
-            work = sum(times.of(rows, depth + rows / 2) for rows, depth in prefills)
             least = STEP_SECONDS_ALONE if urgent else STEP_SECONDS_BESIDE_DECODE
-            wanted = max(least, WORK_SHARE * work)
             left = max(
-                min(LONGEST_STEP_SECONDS, wanted) - self._decode,
+                min(LONGEST_STEP_SECONDS, max(least, WORK_SHARE * work)) - self._decode,
                 min(self._decode, STEP_SECONDS_ALONE) * MOST_SLOWDOWN,
             )
         depth = sum(piece.depth for piece in prefills) / len(prefills) if prefills else 0.0
         rows = max(LEAST_PREFILL, times.rows(left, depth))
-        if rows < WIDE_ROWS:
-            rows = max(rows, self._with_wide(left if decoding else LONGEST_STEP_SECONDS, prefills))
+        # llama.cpp takes one row of every sequence first: what is left of a piece must be wide.
+        wide = WIDE_ROWS + (decoding > 0)
+        if rows < wide and prefills and prefills[0].rows >= wide:
+            bound = left if decoding else LONGEST_STEP_SECONDS
+            if (self._wide or self._small).of(wide, prefills[0].depth) <= bound:
+                rows = wide
         return min(self._most, decoding + rows)
 
-    def _with_wide(self, seconds: float, prefills: Sequence[Piece]) -> int:
-        """Rows of a step with a wide piece, and what it leaves others room for; 0: too slow."""
-        long = next((n for n, piece in enumerate(prefills) if piece.rows >= WIDE_ROWS), None)
-        if long is None:
-            return 0
-        left = seconds - (self._wide or self._small).of(WIDE_ROWS, prefills[long].depth)
-        if left < 0:
-            return 0
-        others = [piece for n, piece in enumerate(prefills) if n != long]
-        if not others:
-            return WIDE_ROWS
-        room = max(LEAST_PREFILL, (self._small or self._wide).rows(left, others[0].depth))
-        return WIDE_ROWS + min(room, sum(piece.rows for piece in others))
+    def _seconds(self, prefills: Iterable[Piece]) -> float:
+        """What these would take at once."""
+        times = self._small or self._wide
+        return sum(times.of(rows, depth + rows / 2) for rows, depth in prefills)
 
 
 def _average(average: float, value: float) -> float:
@@ -153,9 +181,9 @@ def stretch(cached: int, prompt_size: int, total: int) -> int:
 def plan(remaining: Sequence[int], budget: int) -> list[int]:
     """Rows for each sequence, given the `stretch` each has yet to compute, in order of age.
 
-    A sequence with one token left is decoding and always gets its row. Of what the budget leaves,
-    the oldest that can fill it gets a wide piece, where it leaves one; then the oldest of all gets
-    `OLDEST_SHARE`, so that it gets on whatever comes; then comes the shortest, so that a short
+    A sequence with one token left is decoding and always gets its row, one with none gets nothing.
+    Of what the budget leaves, the oldest prefill gets `OLDEST_SHARE`, so that it gets on whatever
+    comes, or a wide piece if it leaves one; then comes the shortest, so that a short
     prompt does not wait for a long one, then the others by age: each number of rows that occurs
     costs llama.cpp a pass of its own. The sum is at most
     `max(budget, number of decoding sequences)`.
@@ -167,14 +195,12 @@ def plan(remaining: Sequence[int], budget: int) -> list[int]:
         rows[i] = 0
     if not prefills:
         return rows
-    wide = next((i for i in prefills if remaining[i] >= WIDE_ROWS), None)
-    if wide is not None and left >= WIDE_ROWS:
-        rows[wide] = WIDE_ROWS
-        left -= WIDE_ROWS
     oldest = prefills[0]
-    more = min(remaining[oldest] - rows[oldest], math.ceil(left * OLDEST_SHARE))
-    rows[oldest] += more
-    left -= more
+    sure = math.ceil(left * OLDEST_SHARE)
+    if left >= WIDE_ROWS:
+        sure = max(sure, min(left, WIDE_ROWS + 1))
+    rows[oldest] = min(remaining[oldest], sure)
+    left -= rows[oldest]
     shortest = min(prefills, key=lambda i: remaining[i])
     for i in (shortest, *prefills):
         more = min(remaining[i] - rows[i], left)
