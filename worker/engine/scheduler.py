@@ -1,11 +1,13 @@
 """Which tokens go into the next decode call. Pure policy.
 
 Running sequences get one row each, first; what the token budget leaves goes to prefills, half of it
-to the oldest, then to the shortest. The budget follows the measured speed of prefill, so that a
-long prompt delays the tokens of others, and the handling of a cancellation, by a bounded time.
+to the oldest, then to the shortest. The budget follows what steps of late took
+(`worker.engine.step_time`) and how much waits: a short prompt delays the tokens of others, and the
+handling of a cancellation, by 80 ms, a long one by 0.4 s at most.
 
-A prompt is computed fastest in pieces of `WIDE_ROWS` or more, which flash attention takes together;
-so a long one gets them where the step stays within its bound all the same.
+A long prompt is computed fastest in pieces of `WIDE_ROWS` or more, which flash attention takes
+together. So it has every other step to itself where there are others, and gets a piece of that size
+if that stays within the bound.
 """
 
 import math
