@@ -349,8 +349,7 @@ async def test_a_draft_model_drafts_where_nothing_repeats(target, draft):
         alone = [(await frames_of(engine, again(one, max_tokens=80)))[-1] for one in asked]
 
     accepted, found = (sum(end.usage.accepted for end in each) for each in (ends, alone))
-    # How much is tried follows from what steps take, and so from what else the machine does.
-    assert accepted > found + 12
+    assert accepted > found + 20
 
 
 async def test_what_was_drafted_and_accepted_is_told(target, draft):
