@@ -29,7 +29,7 @@ MOST_UNKNOWN = 100
 UNKNOWN_KEPT = 60.0
 """Seconds for which such a name keeps its place after its last use. Each new one is told to all
 and remembered by all for `FORGET`: so that clients that make names up, thousands a second, cost the
-fleet 500 entries a router at most, and do not fill the bucket."""
+fleet some 600 entries a router, and do not fill the bucket."""
 LEAST_PAUSE = 1.0
 """Seconds between two entries of one model, unless somebody begins or ceases to wait."""
 

@@ -111,6 +111,10 @@ def pace_of(decode: float, row: float, wide_row: float) -> Pace:
     return pace
 
 
+def rows_of(pace: Pace, left: list[Piece]) -> list[int]:
+    return [piece.rows for piece in pace.plan(left)]
+
+
 def beside_four(*prompts: Piece) -> list[Piece]:
     return [*[Piece(1, 100)] * 4, *prompts]
 
@@ -119,24 +123,24 @@ def test_the_more_waits_the_longer_a_step_may_take():
     pace = pace_of(decode=0.02, row=0.006, wide_row=0.003)
 
     # A short prompt has its few steps of 80 ms, a longer one steps of half its time.
-    assert pace.rows(beside_four(Piece(20, 0))) == [1, 1, 1, 1, 10]
-    assert 20 <= pace.rows(beside_four(Piece(50, 0)))[4] <= 23
+    assert rows_of(pace, beside_four(Piece(20, 0))) == [1, 1, 1, 1, 10]
+    assert 20 <= rows_of(pace, beside_four(Piece(50, 0)))[4] <= 23
     # What is long has wide pieces, which take less than others of so many rows.
-    assert pace.rows(beside_four(Piece(1000, 0)))[4] == WIDE_ROWS + 1
-    assert pace.rows([Piece(1000, 0)]) == [WIDE_ROWS]
+    assert rows_of(pace, beside_four(Piece(1000, 0)))[4] == WIDE_ROWS + 1
+    assert rows_of(pace, [Piece(1000, 0)]) == [WIDE_ROWS]
 
 
 def test_a_long_prompt_and_those_beside_it_take_turns():
     pace = pace_of(decode=0.02, row=0.006, wide_row=0.003)
     left = beside_four(Piece(20, 0), Piece(1000, 0), Piece(500, 0))
 
-    steps = [pace.rows(left) for _ in range(4)]
+    steps = [rows_of(pace, left) for _ in range(4)]
     assert steps[0] == steps[2] == [1, 1, 1, 1, 0, WIDE_ROWS + 1, 0]
     assert steps[1] == steps[3]
     # A short one is done in its first step, since all steps are long now.
     assert steps[1][4:6] == [20, 0]
     # With nobody beside it, it has all steps.
-    assert [pace.rows(beside_four(Piece(1000, 0)))[4] for _ in range(3)] == [WIDE_ROWS + 1] * 3
+    assert [rows_of(pace, beside_four(Piece(1000, 0)))[4] for _ in range(3)] == [WIDE_ROWS + 1] * 3
 
 
 def test_after_a_deep_prompt_the_next_has_wide_pieces_at_once():
@@ -145,15 +149,15 @@ def test_after_a_deep_prompt_the_next_has_wide_pieces_at_once():
         pace.measured(0, [Piece(WIDE_ROWS, depth)], WIDE_ROWS * (0.0015 + 2e-6 * depth))
         pace.measured(0, [Piece(8, depth)], 8 * (0.006 + 2e-6 * depth))
 
-    assert pace.rows(beside_four(Piece(900, 5900)))[4] < WIDE_ROWS
-    assert pace.rows(beside_four(Piece(900, 0)))[4] > WIDE_ROWS
+    assert rows_of(pace, beside_four(Piece(900, 5900)))[4] < WIDE_ROWS
+    assert rows_of(pace, beside_four(Piece(900, 0)))[4] > WIDE_ROWS
 
 
 def test_where_a_wide_piece_takes_too_long_pieces_stay_small():
     pace = pace_of(decode=0.1, row=0.02, wide_row=0.01)
 
-    assert pace.rows(beside_four(Piece(1000, 0))) == [1, 1, 1, 1, 15]
-    assert pace.rows([Piece(1000, 0)]) == [12]
+    assert rows_of(pace, beside_four(Piece(1000, 0))) == [1, 1, 1, 1, 15]
+    assert rows_of(pace, [Piece(1000, 0)]) == [12]
 
 
 def test_a_single_last_row_is_not_left_over():

@@ -7,6 +7,8 @@ from types import ModuleType
 
 import pytest
 
+from loadtests.peers.build_llama_server import AVOIDED
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -99,6 +101,11 @@ def test_llama_cpp_is_built_for_this_cpu_but_without_amx_and_fp16(
     # The last one of two counts.
     monkeypatch.setenv("CMAKE_ARGS", "-DGGML_NATIVE=OFF")
     assert setup_env.build_arguments() == "-DGGML_NATIVE=ON -DGGML_NATIVE=OFF"
+
+
+def test_the_peers_are_built_with_the_same_flags(setup_env: ModuleType) -> None:
+    """So that what is compared is not llama.cpp with llama.cpp."""
+    assert f"{setup_env.WITHOUT_AMX} {setup_env.WITHOUT_FP16}" == AVOIDED
 
 
 def test_a_build_is_of_its_flags_and_its_compiler(

@@ -264,13 +264,9 @@ class Loop:
             rows, sampled = fill_decoding(self._batch, running)
         else:
             left = [Piece(s.stretch, s.computed) for s in running]
-            wanted = self._pace.rows(left, urgent=any(s.awaited for s in running))
-            pieces = [
-                Piece(rows, piece.depth)
-                for rows, piece in zip(wanted, left, strict=True)
-                if piece.rows > 1
-            ]
-            rows, sampled = fill(self._batch, running, wanted, drafts)
+            step = self._pace.plan(left, urgent=any(s.awaited for s in running))
+            pieces = [piece for piece, whole in zip(step, left, strict=True) if whole.rows > 1]
+            rows, sampled = fill(self._batch, running, [piece.rows for piece in step], drafts)
         # an idle prefill, with no row in this step, leaves it one of decoding alone
         alone = alone or rows == decoding
         self._threads.choose(prefill=not alone)

@@ -35,8 +35,8 @@ LONGEST_STEP_SECONDS = 0.4
 WORK_SHARE = 0.5
 """A step beside decoding may take this share of what all that waits would take at once. Small
 pieces are dear: on the project's Xeon 8 rows behind 900 tokens take 50 ms, 64 take 190, so that in
-pieces of 8 a prompt of 1,500 tokens beside four streams took 20 s, and the streams were slower too.
-But what a short prompt adds to its one or two steps nobody notices."""
+pieces of 8 prompts of 1,500 tokens beside four streams came faster than they were computed, and the
+streams were slower too (docs/benchmarks.md). What a short prompt adds to a few steps is little."""
 WIDE_ROWS = 64
 """From so many rows of one sequence on, llama.cpp's flash attention works in tiles
 (`ggml_compute_forward_flash_attn_ext_f16`): behind 1,500 tokens 64 rows then take as long as 32.
@@ -85,8 +85,8 @@ class Pace:
         wide = max(piece.rows for piece in pieces) >= WIDE_ROWS
         (self._wide if wide else self._small).add(prefill, depth, seconds)
 
-    def rows(self, left: Sequence[Piece], *, urgent: bool = False) -> list[int]:
-        """Rows of the next step for each sequence.
+    def plan(self, left: Sequence[Piece], *, urgent: bool = False) -> list[Piece]:
+        """The next step: for each sequence, in the same order, the rows it has, or 0.
 
         A long prompt beside others has every other step to itself, as far as prompts go: what is
         computed with it would break its piece up, and the others would wait for it.
@@ -108,7 +108,8 @@ class Pace:
                     sizes[i] = 0
         shown = [left[i] for i in prefills if sizes[i]]
         work = self._seconds(left[i] for i in prefills)
-        return plan(sizes, self.budget(decoding, shown, work=work, urgent=urgent))
+        rows = plan(sizes, self.budget(decoding, shown, work=work, urgent=urgent))
+        return [Piece(count, piece.depth) for count, piece in zip(rows, left, strict=True)]
 
     def budget(
         self,
@@ -124,7 +125,7 @@ class Pace:
             decoding: sequences that decode.
             prefills: what is left of the others that may have rows, by age.
             work: seconds that all prefills together would take.
-            urgent: as in `rows`.
+            urgent: as in `plan`.
         """
         times = self._small or self._wide
         if not times:
