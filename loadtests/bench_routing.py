@@ -32,6 +32,7 @@ from loadtests.stack import Stack, get, smollm2_q4_0
 
 Part = Literal["conversations", "skewed"]
 Routing = Literal["mesh", "random", "round-robin", "group"]
+Speculation = Literal["off", "ngram"]
 PARTS: tuple[Part, ...] = ("conversations", "skewed")
 CHAT = "/v1/chat/completions"
 ROUTERS = 2
@@ -69,6 +70,8 @@ class Talk(msgspec.Struct, frozen=True):
     turns: int = 8
     tokens: int = 48
     at_once: int = 8
+    speculation: Speculation = "off"
+    prefix_memory: str = "512MiB"
 
 
 async def _ask(client: Client, request: bytes) -> Reply:
@@ -91,7 +94,10 @@ async def conversations(routing: Routing, talk: Talk, model: Path) -> dict[str, 
     """Hold all conversations once."""
     async with Stack(routers=ROUTERS, workers=talk.workers) as stack:
         targets = await _start(stack, routing)
-        options = ("--threads", "1", "--slots", str(talk.slots), "--speculation", "off")
+        options = (
+            *("--threads", "1", "--slots", str(talk.slots)),
+            *("--speculation", talk.speculation, "--prefix-memory", talk.prefix_memory),
+        )
         # The first alone, so that what it measures of the model holds, and is kept for the rest:
         # four that measure at once disturb each other.
         await stack.worker("worker-1", model, *options)
@@ -295,6 +301,8 @@ def main(
     conversations: int = 64,
     tokens: int = 48,
     at_once: int = 8,
+    speculation: Speculation = "off",
+    prefix_memory: str = "512MiB",
     json_file: Annotated[Path | None, cyclopts.Parameter(name="--json")] = None,
 ) -> None:
     """Print the tables.
@@ -309,11 +317,19 @@ def main(
         conversations: how many are held, in 8 turns each
         tokens: of each of their answers
         at_once: turns at once; with 1, prompts are computed beside nothing else
+        speculation: of the workers that hold them
+        prefix_memory: of each of these workers, for conversations that are not in its slots
         json_file: where to write every repetition
     """
     skew, talk = (
         Skew(seconds=seconds, load=load),
-        Talk(count=conversations, tokens=tokens, at_once=at_once),
+        Talk(
+            count=conversations,
+            tokens=tokens,
+            at_once=at_once,
+            speculation=speculation,
+            prefix_memory=prefix_memory,
+        ),
     )
     rows = uvloop.run(measure(part, routing, range(seed, seed + reps), skew, talk))
     if json_file is not None:

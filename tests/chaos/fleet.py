@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sysconfig
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -61,6 +62,8 @@ class Fleet(Generic[N]):
         self.heard = Heard()
         self._folder = folder
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        # A test kills from a thread of its own while `until` looks for what died by itself.
+        self._looking = threading.Lock()
         self._ports = {name: _free_port() for name in ROUTERS}
         (file,) = resolve((), folder)
         models = folder / "models"
@@ -91,12 +94,15 @@ class Fleet(Generic[N]):
 
     def kill(self, name: str) -> None:
         """As when its host loses power."""
-        self._processes[name].kill()
-        self._processes.pop(name).wait(WAIT)
+        with self._looking:
+            process = self._processes.pop(name)
+        process.kill()
+        process.wait(WAIT)
 
     async def end(self, name: str) -> int:
         """As an operator does; its exit code."""
-        process = self._processes.pop(name)
+        with self._looking:
+            process = self._processes.pop(name)
         process.send_signal(signal.SIGTERM)
         try:
             return await asyncio.to_thread(process.wait, WAIT)
@@ -132,7 +138,8 @@ class Fleet(Generic[N]):
             result = holds()
             if await result if asyncio.iscoroutine(result) else result:
                 return time.monotonic() - began
-            ended = [name for name, one in self._processes.items() if one.poll() is not None]
+            with self._looking:
+                ended = [name for name, one in self._processes.items() if one.poll() is not None]
             assert not ended, self.story()
             assert time.monotonic() - began < within, self.story()
             await asyncio.sleep(0.02)
