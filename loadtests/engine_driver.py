@@ -8,7 +8,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Literal, cast
 
 import msgspec
@@ -77,7 +77,9 @@ class EngineDriver:
         speculation: Literal["auto", "ngram", "off"] = "auto",
         ngram_memory: int = 1 << 20,
         prefix_memory: int = 0,
+        command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
+        self._command = tuple(command)
         self.config = EngineConfig(
             path=path,
             model=model,
@@ -117,7 +119,7 @@ class EngineDriver:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
-                *tied((*ENGINE_COMMAND, "--fd", str(theirs.fileno()))),
+                *tied((*self._command, "--fd", str(theirs.fileno()))),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
             )

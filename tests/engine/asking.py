@@ -3,12 +3,16 @@
 import asyncio
 import importlib.util
 import json
+import sys
 import time
 from pathlib import Path
 
 from engine_driver import EngineDriver, new_attempt
 
 from shared.protocol import ChatInput, Delta, Frame, Generate, Message, Sampling
+
+STEADY_ENGINE = (sys.executable, str(Path(__file__).with_name("steady_engine.py")))
+"""For `EngineDriver`: what is drafted does not hang on what else the machine does."""
 
 
 def packaged_model() -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from asking import PERSON, frames_of, idle, request, text_of, tokens_of
+from asking import PERSON, STEADY_ENGINE, frames_of, idle, request, text_of, tokens_of
 from engine_driver import EngineDriver
 
 from loadtests.check_equality import Answer, compare
@@ -88,7 +88,9 @@ def draft(folder: Path) -> Path:
 
 @asynccontextmanager
 async def started(target: Path, **options) -> AsyncIterator[EngineDriver]:
-    driver = EngineDriver(str(target), slots=4, context=CONTEXT, threads=1, **options)
+    driver = EngineDriver(
+        str(target), slots=4, context=CONTEXT, threads=1, command=STEADY_ENGINE, **options
+    )
     await driver.start()
     try:
         yield driver
@@ -106,7 +108,6 @@ async def plain(target: Path) -> AsyncIterator[EngineDriver]:
 async def speculating(target: Path, draft: Path) -> AsyncIterator[EngineDriver]:
     async with started(target, draft=str(draft)) as driver:
         yield driver
-        # Which answers are drafted for is for measured times to decide; some must have been.
         assert driver.stats.accepted > 0, "nothing was drafted: these tests have shown nothing"
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from asking import frames_of, request, text_of, tokens_of
+from asking import STEADY_ENGINE, frames_of, request, text_of, tokens_of
 from engine_driver import EngineDriver
 
 from loadtests.stack import smollm2_f32
@@ -29,7 +29,13 @@ async def asked(target: Path, owners: list[str], wanted=None, **options) -> list
     """The frames of one question, asked by one owner after another of one engine."""
     wanted = wanted or question
     engine = EngineDriver(
-        str(target), slots=2, context=512, threads=1, speculation="ngram", **options
+        str(target),
+        slots=2,
+        context=512,
+        threads=1,
+        speculation="ngram",
+        command=STEADY_ENGINE,
+        **options,
     )
     await engine.start()
     try:

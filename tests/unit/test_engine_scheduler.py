@@ -130,6 +130,17 @@ def test_the_more_waits_the_longer_a_step_may_take():
     assert rows_of(pace, [Piece(1000, 0)]) == [WIDE_ROWS]
 
 
+def test_a_short_rest_is_not_left_to_a_step_of_its_own():
+    pace = pace_of(decode=0.02, row=0.006, wide_row=0.003)
+
+    # 10 rows is what fits, and 8 more make do without another pass.
+    assert rows_of(pace, beside_four(Piece(18, 0)))[4:] == [18]
+    assert rows_of(pace, beside_four(Piece(9, 0), Piece(9, 0)))[4:] == [9, 9]
+    assert rows_of(pace, beside_four(Piece(19, 0)))[4:] == [10]
+    # Never more than a step can hold.
+    assert pace.budget(500, [Piece(18, 0)]) == 512
+
+
 def test_a_long_prompt_and_those_beside_it_take_turns():
     pace = pace_of(decode=0.02, row=0.006, wide_row=0.003)
     left = beside_four(Piece(20, 0), Piece(1000, 0), Piece(500, 0))

@@ -15,6 +15,7 @@ from shared.snapshot import Holding, LeaseView, ModelSettings, Snapshot, WorkerV
 
 START = 1_800_000_000.0
 GIB = 1 << 30
+ABLE = {"a": GIB, "b": GIB, "c": GIB, "big": 6 * GIB}
 
 View = Callable[[str, Snapshot], Snapshot]
 
@@ -195,3 +196,10 @@ def shuffled(snapshot: Snapshot, rng: random.Random) -> Snapshot:
         mix(dict(snapshot.demand)),
         mix(dict(snapshot.slots)),
     )
+
+
+def fleet_of(count: int, memory: int = 8 * GIB, **options: float) -> ToyFleet:
+    fleet = ToyFleet(**options)
+    for number in range(count):
+        fleet.add(f"w{number}", memory, ABLE)
+    return fleet

@@ -139,6 +139,10 @@ class Pace:
             )
         depth = sum(piece.depth for piece in prefills) / len(prefills) if prefills else 0.0
         rows = max(LEAST_PREFILL, times.rows(left, depth))
+        # A short rest would cost the next step a pass of its own, and its slot a step.
+        for whole in (sum(piece.rows for piece in prefills), *(p.rows for p in prefills[:1])):
+            if rows < whole <= rows + LEAST_PREFILL:
+                rows = whole
         # llama.cpp takes one row of every sequence first: what is left of a piece must be wide.
         wide = WIDE_ROWS + (decoding > 0)
         if rows < wide and prefills and prefills[0].rows >= wide:
