@@ -137,8 +137,10 @@ class MeshUser(FastHttpUser):
         )
 
 
-@events.quitting.add_listener
 def fail_on_failures(environment: Environment, **_: object) -> None:
     """Let the exit code tell of failed requests."""
     if environment.stats.total.num_failures:
         environment.process_exit_code = 1
+
+
+events.quitting.add_listener(fail_on_failures)  # type: ignore[no-untyped-call]

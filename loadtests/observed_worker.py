@@ -17,7 +17,7 @@ from shared.bus import BusMessage
 from shared.protocol import Request
 from worker import cli
 from worker.admission import Ticket
-from worker.serving import Serving
+from worker.attempts import Attempts
 
 __all__ = ("Observation", "decode_observation", "main")
 
@@ -40,7 +40,7 @@ def decode_observation(data: bytes) -> Observation:
 
 
 def observe(path: str) -> None:
-    """Make every `Serving` of this process tell."""
+    """Make every `Attempts` of this process tell."""
     told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     told.connect(path)
     ids: dict[int, str] = {}
@@ -49,28 +49,28 @@ def observe(path: str) -> None:
         if attempt in ids:
             told.send(_encoder.encode(Observation(ids[attempt], what, time.monotonic())))
 
-    admit, cancel, release = Serving._admit, Serving.cancel, Serving._release
+    admit, cancel, release = Attempts._admit, Attempts.cancel, Attempts._release
 
-    def on_admit(self: Serving, message: BusMessage, request: Request, now: float) -> None:
+    def on_admit(self: Attempts, message: BusMessage, request: Request, now: float) -> None:
         ids[request.attempt] = request.id
         tell(request.attempt, "admitted")
         admit(self, message, request, now)
 
-    def on_cancel(self: Serving, attempts: Sequence[int]) -> None:
+    def on_cancel(self: Attempts, attempts: Sequence[int]) -> None:
         for attempt in attempts:
             tell(attempt, "cancel heard")
         cancel(self, attempts)
 
-    def on_release(self: Serving, attempt: int) -> Ticket | None:
+    def on_release(self: Attempts, attempt: int) -> Ticket | None:
         ticket = release(self, attempt)
         if ticket is not None:
             tell(attempt, "slot free")
             del ids[attempt]
         return ticket
 
-    Serving._admit = on_admit  # type: ignore[method-assign]
-    Serving.cancel = on_cancel  # type: ignore[method-assign]
-    Serving._release = on_release  # type: ignore[method-assign]
+    Attempts._admit = on_admit  # type: ignore[method-assign]
+    Attempts.cancel = on_cancel  # type: ignore[method-assign]
+    Attempts._release = on_release  # type: ignore[method-assign]
 
 
 def main() -> int:

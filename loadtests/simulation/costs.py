@@ -169,5 +169,5 @@ class _World:
         )
         return Beat(
             "worker-0123456789", "ready", 123456, (state,), "host.example", "0.1", START,
-            64 * GIB, 32 * GIB, able, 48 * GIB,
+            64 * GIB, 32 * GIB, able, memory_budget=48 * GIB,
         )  # fmt: skip

@@ -8,6 +8,7 @@ decides once on what it sees, since all that see the same decide the same (a tes
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 
@@ -86,7 +87,8 @@ class Fleet:
         }
         self._rng = random.Random(f"fleet {seed}")
         self._named = 0
-        self._numbers: dict[str, int] = {}
+        self._numbers: dict[tuple[str, str], int] = {}
+        """Replica by host and model."""
         self._views: dict[str, WorkerView] = {}
         self._cut: set[str] = set()
         for _ in range(plan.hosts):
@@ -101,7 +103,7 @@ class Fleet:
             for group in range(self.plan.groups):
                 for cell in range(self.plan.cells):
                     phase = (group + cell / self.plan.cells) / self.plan.groups
-                    clock.every(TICK, lambda g=group, c=cell: self._decide(g, c), phase)
+                    clock.every(TICK, partial(self._decide, group, cell), phase)
         if self.plan.deaths_per_hour:
             self._plan_death()
         for at, lasts, share in self.plan.partitions:
@@ -132,8 +134,14 @@ class Fleet:
             if key in self.leases:
                 self.telling.conflicts += 1
                 return
-            state = "ready" if loaded is not None and loaded.state == "ready" else "loading"
-            self.leases[key] = LeaseView(model, action.replica, host.name, state, self.clock.now)
+            there = loaded is not None and loaded.state == "ready"
+            self.leases[key] = LeaseView(
+                model,
+                action.replica,
+                host.name,
+                state="ready" if there else "loading",
+                since=self.clock.now,
+            )
             self._numbers[host.name, model] = action.replica
             if action.kind == "promote":
                 host.load(model)

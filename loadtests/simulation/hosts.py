@@ -125,7 +125,7 @@ class Host:
             Holding(model, loaded.state, loaded.since, loaded.busy, loaded.memory)
             for model, loaded in self.models.items()
         )
-        return WorkerView(self.name, self.memory, self.able, holds, self.open)
+        return WorkerView(self.name, self.memory, self.able, holds, open=self.open)
 
     def used(self) -> int:
         """Bytes that its models take."""

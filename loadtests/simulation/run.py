@@ -3,6 +3,7 @@
 import random
 import time
 from collections import Counter
+from functools import partial
 
 import msgspec
 
@@ -122,7 +123,7 @@ class _Simulation:
         fleet.ended = self.ended
         fleet.became_ready = self.became_ready
         for router in self.routers:
-            router.waits = lambda model, router=router: self.waits(model, router)
+            router.waits = partial(self.waits, router)
             router.gave_up = self.gave_up
         fleet.start(decides=not scenario.oracle)
         if scenario.oracle:
@@ -181,7 +182,7 @@ class _Simulation:
     def counts(self) -> bool:
         return self.clock.now - START >= self.scenario.warm
 
-    def waits(self, model: str, router: Router) -> None:
+    def waits(self, router: Router, model: str) -> None:
         self.fleet.tell_now(router)
         if model not in self.cold and not any(lease[0] == model for lease in self.fleet.leases):
             self.cold[model] = ColdStart(self.clock.now, model)

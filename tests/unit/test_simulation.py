@@ -111,6 +111,15 @@ def test_a_host_runs_as_many_as_it_has_slots_and_queues_the_rest():
     assert [made.take(request(9)) for _ in range(QUEUE + 3)] == [True] * (QUEUE + 2) + [False]
 
 
+def test_others_see_what_a_host_holds_and_whether_it_takes_roles():
+    _, made = host()
+    for made.open in (True, False):
+        view = made.view()
+        assert view.open is made.open
+        assert [holding.model for holding in view.holds] == list(made.models)
+        assert (view.able, view.parts, view.stages) == (made.able, (), ())
+
+
 def test_a_conversation_is_cached_where_it_was():
     clock, made = host()
     made.take(request(1))
