@@ -29,6 +29,14 @@ class Decoder(Protocol):
         """See `Context.decode`."""
         ...
 
+    def interrupt(self) -> None:
+        """See `Context.interrupt`."""
+        ...
+
+    def clear_interrupt(self) -> None:
+        """See `Context.clear_interrupt`."""
+        ...
+
     def begin(self, batch: Batch, rows: int) -> None:
         """Set off a step of one row of each of some sequences; `finish` waits for the oldest one.
 

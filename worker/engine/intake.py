@@ -8,6 +8,7 @@ import queue
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 import msgspec
 import structlog
@@ -105,6 +106,8 @@ class Intake:
         self.log = ReadingLog()
         """What the loop keeps of answers; here it is only read."""
         self.arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
+        self.on_cancel: Callable[[CancelAttempts], None] = lambda cancelled: None
+        """Called in the thread that reads, when the message is among the arrivals already."""
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
     def start(self) -> None:
@@ -122,6 +125,8 @@ class Intake:
                 self._submit(message)
             elif not isinstance(message, Join):  # that is for stages without the head
                 self.arrivals.put(message)
+                if isinstance(message, CancelAttempts):
+                    self.on_cancel(message)
                 if isinstance(message, Stop):
                     return
 

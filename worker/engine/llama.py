@@ -15,18 +15,24 @@ import llama_cpp.llama_cpp as ll
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ("Batch", "Context", "LoadError", "Model", "silence")
+__all__ = ("INTERRUPTED", "Batch", "Context", "LoadError", "Model", "silence")
 
 FLASH_ATTENTION_OFF: Final = 0
 FLASH_ATTENTION_ON: Final = 1
 ALL_F32: Final = "0"
 """`general.file_type` of a GGUF whose weights have 32 bits: llama.cpp's `enum llama_ftype`."""
 POOLING_NONE: Final = 0
+INTERRUPTED: Final = 2
+"""What `Context.decode` returns where `Context.interrupt` has broken it off (`llama_decode`)."""
 
 _log_tail: list[str] = []
 
 _logits_address = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(("llama_get_logits", ll._lib))
 """The binding's own makes a pointer object, whose address costs more to find out than the call."""
+
+_is_set = ctypes.cast(ctypes.CDLL(None).strlen, ll.ggml_abort_callback)
+"""llama.cpp asks it after each of a thousand operations of a pass whether to go on, so it must not
+be Python: of a buffer of one character and a zero, the C library's `strlen` says 0 or 1."""
 
 
 class LoadError(Exception):
@@ -267,6 +273,14 @@ class Context:
             raise LoadError(_words("llama.cpp could not make a context (memory?)"))
         self._model = model
         self._memory = ll.llama_get_memory(self.handle)
+        # A state that cannot go back behind a token would be in doubt.
+        self._may_interrupt = not (
+            ll.llama_model_is_recurrent(model.handle) or ll.llama_model_is_hybrid(model.handle)
+        )
+        self._interrupt = ctypes.create_string_buffer(2)
+        ll.llama_set_abort_callback(
+            self.handle, _is_set, ctypes.cast(self._interrupt, ctypes.c_void_p)
+        )
         self.slots = slots
         self.lanes = 1
         self.latency = 0.0
@@ -286,11 +300,25 @@ class Context:
         ll.llama_set_n_threads(self.handle, decode, prefill)
 
     def decode(self, batch: Batch, rows: int) -> int:
-        """Run the first `rows` rows; 0: done, 1: no room in the cache, else an error."""
+        """Run the first `rows` rows; 0: done, 1: no room in the cache, `INTERRUPTED`: the rows that
+        have been computed are to be forgotten, there are no logits; else an error.
+        """
         batch.native.n_tokens = rows
         code = int(ll.llama_decode(self.handle, batch.native))
         ll.llama_synchronize(self.handle)
         return code
+
+    def interrupt(self) -> None:
+        """Break off the step that runs, or else the next, within milliseconds; from any thread.
+
+        Until `clear_interrupt`. It does nothing on a GPU, or to a model whose memory cannot be cut.
+        """
+        if self._may_interrupt:
+            self._interrupt.value = b"\1"
+
+    def clear_interrupt(self) -> None:
+        """Let steps run to their end again."""
+        self._interrupt.value = b""
 
     def begin(self, batch: Batch, rows: int) -> None:
         """See `Decoder.begin`: there is one lane, and its step is computed at once.

@@ -16,7 +16,7 @@ from worker.engine.filling import Sampled, fill, fill_decoding
 from worker.engine.intake import Intake
 from worker.engine.jobs import Jobs
 from worker.engine.lanes import deal, overlap
-from worker.engine.llama import Batch
+from worker.engine.llama import INTERRUPTED, Batch
 from worker.engine.outbox import Outbox
 from worker.engine.running import Running
 from worker.engine.scheduler import Pace, Piece
@@ -25,7 +25,7 @@ from worker.engine.speculation.candidates import Candidate
 from worker.engine.speculation.speculator import Speculator
 from worker.engine.tally import Tally
 from worker.engine.threads import Threads
-from worker.link import EngineStats
+from worker.link import CancelAttempts, EngineStats
 
 __all__ = ("Loop",)
 
@@ -61,6 +61,9 @@ class Loop:
         self._jobs = Jobs(intake, outbox, embedder, self._running)
         self._threads = Threads(context, calibration, speculator)
         self._pace = Pace(step_tokens)
+        self._prefilling: frozenset[int] = frozenset()
+        """Attempts whose prompts are computed in the step that runs."""
+        intake.on_cancel = self._interrupt
 
     def run(self) -> None:
         """Serve until `Stop`.
@@ -71,6 +74,7 @@ class Loop:
         """
         jobs, running = self._jobs, self._running
         while not jobs.stopped:
+            self._context.clear_interrupt()
             jobs.take_arrivals()
             jobs.expire()
             # Slots that these freed, and refusals, are not to wait for a step they have no part in.
@@ -88,6 +92,7 @@ class Loop:
         remaining = [s.remaining for s in running]
         decoding = remaining.count(1)
         drafts: Drafts[list[int]] = ()
+        held: list[tuple[Sequence, int]] = []
         pieces: Drafts[Piece] = ()
         alone = decoding == len(running)
         if alone:
@@ -104,12 +109,22 @@ class Loop:
             left = [Piece(s.stretch, s.computed) for s in running]
             step = self._pace.plan(left, urgent=any(s.awaited for s in running))
             pieces = [piece for piece, whole in zip(step, left, strict=True) if whole.rows > 1]
+            held = [(s, s.computed) for s in running]
+            self._prefilling = frozenset(
+                s.job.attempt
+                for s, piece, whole in zip(running, step, left, strict=True)
+                if whole.rows > 1 and piece.rows
+            )
             rows, sampled = fill(self._batch, running, [piece.rows for piece in step], drafts)
         # an idle prefill, with no row in this step, leaves it one of decoding alone
         alone = alone or rows == decoding
         self._threads.choose(prefill=not alone)
         began = time.perf_counter()
         code = self._context.decode(self._batch, rows)
+        self._prefilling = frozenset()
+        if code == INTERRUPTED:
+            self._go_back(held)
+            return
         if code != 0:
             raise RuntimeError(f"llama_decode returned {code} for {rows} rows")
         seconds = time.perf_counter() - began
@@ -123,6 +138,24 @@ class Loop:
             self._advance(sampled)
             if alone and self._speculator is not None:
                 self._speculator.finished(self._tally.completion_tokens - before, seconds, rows)
+
+    def _interrupt(self, cancelled: CancelAttempts) -> None:
+        """Break off a step that computes prompts only for those who have left.
+
+        What else is in it is computed once more: a row of each stream, against up to 0.4 s in which
+        all of them wait for what nobody wants. Called in the intake's thread.
+        """
+        prefilling = self._prefilling
+        if prefilling and prefilling.issubset(cancelled.attempts):
+            self._context.interrupt()
+
+    def _go_back(self, held: Drafts[tuple[Sequence, int]]) -> None:
+        """A step was broken off: these have so many tokens in the cache as before."""
+        for sequence, computed in held:
+            slot = sequence.slot
+            if slot is not None and slot.cached != computed:
+                slot.cached = computed
+                self._context.forget(slot.index, computed)
 
     def _decode_in_lanes(self) -> None:
         """Decode all that run, a part at a time, until there is something else to do."""

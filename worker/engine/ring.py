@@ -153,6 +153,12 @@ class RingContext:
                 return
         raise RingBroken(f"no stage has answered for {self._timeout:g} s")
 
+    def interrupt(self) -> None:
+        """See `Context.interrupt`: what is under way on other hosts is not broken off."""
+
+    def clear_interrupt(self) -> None:
+        """See `Context.clear_interrupt`: there is none."""
+
     def decode(self, batch: Batch, rows: int) -> int:
         """Run the first `rows` rows; always 0.
 
