@@ -196,31 +196,32 @@ def ten_seconds_each() -> Admission:
 
 
 def test_who_cannot_be_answered_in_time_is_refused_at_once(ten_seconds_each: Admission):
-    late = ten_seconds_each.offer(hurried(1, 19.0), 100.0)
+    """10 s for the answer, and of what is left a third may be waited for."""
+    late = ten_seconds_each.offer(hurried(1, 39.0), 100.0)
     assert isinstance(late, Refused)
     assert (late.reason, round(late.retry_after)) == ("late", 10)
-    assert ten_seconds_each.offer(hurried(2, 21.0), 100.0) == Admitted(1)
-    assert isinstance(ten_seconds_each.offer(hurried(3, 29.0), 100.0), Refused)
-    assert ten_seconds_each.offer(hurried(4, 31.0), 100.0) == Admitted(2)
+    assert ten_seconds_each.offer(hurried(2, 41.0), 100.0) == Admitted(1)
+    assert isinstance(ten_seconds_each.offer(hurried(3, 69.0), 100.0), Refused)
+    assert ten_seconds_each.offer(hurried(4, 71.0), 100.0) == Admitted(2)
 
 
 def test_who_wants_little_needs_little_time(ten_seconds_each: Admission):
-    assert isinstance(ten_seconds_each.offer(hurried(1, 11.0, tokens=50), 100.0), Refused)
-    assert ten_seconds_each.offer(hurried(2, 11.0, tokens=5), 100.0) == Admitted(1)
+    assert isinstance(ten_seconds_each.offer(hurried(1, 31.0, tokens=50), 100.0), Refused)
+    assert ten_seconds_each.offer(hurried(2, 31.0, tokens=5), 100.0) == Admitted(1)
 
 
 def test_whose_turn_is_soon_is_not_late_for_those_that_come_after(ten_seconds_each: Admission):
     for n in range(5):
         ten_seconds_each.offer(ticket(n + 1, owner="many"), 100.0)
-    assert isinstance(ten_seconds_each.offer(hurried(11, 31.0, owner="many"), 100.0), Refused)
-    assert ten_seconds_each.offer(hurried(12, 31.0, owner="one"), 100.0) == Admitted(6)
+    assert isinstance(ten_seconds_each.offer(hurried(11, 71.0, owner="many"), 100.0), Refused)
+    assert ten_seconds_each.offer(hurried(12, 71.0, owner="one"), 100.0) == Admitted(6)
 
 
 def test_batch_requests_make_nobody_late_but_their_own_kind(ten_seconds_each: Admission):
     for n in range(5):
         ten_seconds_each.offer(ticket(n + 1, batch=True), 100.0)
-    assert isinstance(ten_seconds_each.offer(hurried(11, 31.0, batch=True), 100.0), Refused)
-    assert ten_seconds_each.offer(hurried(12, 31.0), 100.0) == Admitted(6)
+    assert isinstance(ten_seconds_each.offer(hurried(11, 41.0, batch=True), 100.0), Refused)
+    assert ten_seconds_each.offer(hurried(12, 41.0), 100.0) == Admitted(6)
 
 
 def test_where_a_slot_is_free_nobody_is_late(ten_seconds_each: Admission):

@@ -5,6 +5,7 @@ do, `running.py` where a sequence lives, `scheduler.py` what goes into a step, `
 token comes out.
 """
 
+import threading
 import time
 from collections.abc import Sequence as Drafts
 
@@ -63,6 +64,8 @@ class Loop:
         self._pace = Pace(step_tokens)
         self._prefilling: frozenset[int] = frozenset()
         """Attempts whose prompts are computed in the step that runs."""
+        self._interrupting = threading.Lock()
+        """So that what is broken off is that step and not the next."""
         intake.on_cancel = self._interrupt
 
     def run(self) -> None:
@@ -74,7 +77,6 @@ class Loop:
         """
         jobs, running = self._jobs, self._running
         while not jobs.stopped:
-            self._context.clear_interrupt()
             jobs.take_arrivals()
             jobs.expire()
             # Slots that these freed, and refusals, are not to wait for a step they have no part in.
@@ -121,7 +123,10 @@ class Loop:
         self._threads.choose(prefill=not alone)
         began = time.perf_counter()
         code = self._context.decode(self._batch, rows)
-        self._prefilling = frozenset()
+        if self._prefilling:
+            with self._interrupting:
+                self._prefilling = frozenset()
+                self._context.clear_interrupt()
         if code == INTERRUPTED:
             self._go_back(held)
             return
@@ -145,9 +150,10 @@ class Loop:
         What else is in it is computed once more: a row of each stream, against up to 0.4 s in which
         all of them wait for what nobody wants. Called in the intake's thread.
         """
-        prefilling = self._prefilling
-        if prefilling and prefilling.issubset(cancelled.attempts):
-            self._context.interrupt()
+        with self._interrupting:
+            prefilling = self._prefilling
+            if prefilling and prefilling.issubset(cancelled.attempts):
+                self._context.interrupt()
 
     def _go_back(self, held: Drafts[tuple[Sequence, int]]) -> None:
         """A step was broken off: these have so many tokens in the cache as before."""
