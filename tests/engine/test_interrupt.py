@@ -3,13 +3,13 @@
 import asyncio
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 from asking import frames_of, idle, packaged_model, request, text_of
 from engine_driver import EngineDriver
+from slot_rows import decode_rows
 
 from shared.protocol import End, Sampling
-from worker.engine.llama import INTERRUPTED, Batch, Context, Model, silence
+from worker.engine.llama import INTERRUPTED, Context, Model, silence
 
 pytestmark = pytest.mark.model
 
@@ -26,38 +26,26 @@ def context() -> Iterator[Context]:
     model.close()
 
 
-def decode(context: Context, slot: int, tokens: range, start: int = 0) -> int:
-    """Run tokens through a slot from position `start` on, with the last one's logits."""
-    rows = len(tokens)
-    batch = Batch(256)
-    batch.token[:rows] = tokens
-    batch.position[:rows] = np.arange(start, start + rows)
-    batch.slot[:rows] = slot
-    batch.output[:rows] = 0
-    batch.output[rows - 1] = 1
-    return context.decode(batch, rows)
-
-
 def test_what_was_broken_off_can_be_computed_again(context: Context) -> None:
     prompt, more = range(1000, 1000 + ROWS), range(5000, 5040)
-    assert decode(context, 0, prompt) == 0
-    assert decode(context, 0, more, ROWS) == 0
+    assert decode_rows(context, 0, prompt) == 0
+    assert decode_rows(context, 0, more, ROWS) == 0
     undisturbed = context.logits(1)[0].copy()
     context.forget(0)
 
-    assert decode(context, 0, prompt) == 0
+    assert decode_rows(context, 0, prompt) == 0
     context.interrupt()
-    assert decode(context, 0, more, ROWS) == INTERRUPTED
+    assert decode_rows(context, 0, more, ROWS) == INTERRUPTED
     context.clear_interrupt()
     context.forget(0, ROWS)
 
-    assert decode(context, 0, more, ROWS) == 0
+    assert decode_rows(context, 0, more, ROWS) == 0
     assert (context.logits(1)[0] == undisturbed).all()
 
 
 async def test_a_step_that_runs_ends_early(context: Context) -> None:
     prompt = range(1000, 1000 + ROWS)
-    running = asyncio.create_task(asyncio.to_thread(decode, context, 0, prompt))
+    running = asyncio.create_task(asyncio.to_thread(decode_rows, context, 0, prompt))
     # 200 rows take half a second at least; the pass has begun when this one comes.
     await asyncio.sleep(0.05)
     context.interrupt()

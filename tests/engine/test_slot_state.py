@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from asking import packaged_model
+from slot_rows import decode_rows
 
-from worker.engine.llama import Batch, Context, Model, silence
+from worker.engine.llama import Context, Model, silence
 
 pytestmark = pytest.mark.model
 
@@ -25,14 +26,7 @@ def context() -> Iterator[Context]:
 
 def compute(context: Context, slot: int, tokens: list[int], start: int = 0) -> np.ndarray:
     """Run tokens through a slot from position `start` on; the last one's logits."""
-    rows = len(tokens)
-    batch = Batch(64)
-    batch.token[:rows] = tokens
-    batch.position[:rows] = np.arange(start, start + rows)
-    batch.slot[:rows] = slot
-    batch.output[:rows] = 0
-    batch.output[rows - 1] = 1
-    assert context.decode(batch, rows) == 0
+    assert decode_rows(context, slot, tokens, start) == 0
     return context.logits(1)[0].copy()
 
 
