@@ -23,6 +23,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from loadtests.engine_driver import default_gpu_layers
 from worker.engine.llama import Batch, Context, Model, silence
 
 __all__ = ("CONTEXT", "MOST_STREAMS", "Ceiling", "lengths", "prompt")
@@ -50,7 +51,7 @@ class _Loop:
 
     def __init__(self, path: str, threads: int) -> None:
         self._context = Context(
-            Model(path),
+            Model(path, gpu_layers=default_gpu_layers()),
             slots=MOST_STREAMS,
             context=CONTEXT,
             step_tokens=512,

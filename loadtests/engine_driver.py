@@ -39,7 +39,7 @@ from worker.link import (
     pack,
 )
 
-__all__ = ("EngineDied", "EngineDriver", "new_attempt")
+__all__ = ("EngineDied", "EngineDriver", "default_gpu_layers", "new_attempt")
 
 _REPLY = "_INBOX_driver.r.0"
 _STOP_SECONDS = 10.0
@@ -71,7 +71,7 @@ class EngineDriver:
         prefill_threads: int = 0,
         step_tokens: int = 512,
         kv_tokens: int = 0,
-        gpu_layers: int = 0,
+        gpu_layers: int | None = None,
         embeddings: bool = False,
         draft: str = "",
         speculation: Literal["auto", "ngram", "off"] = "auto",
@@ -90,7 +90,7 @@ class EngineDriver:
             prefill_threads=prefill_threads,
             step_tokens=step_tokens,
             kv_tokens=kv_tokens,
-            gpu_layers=gpu_layers,
+            gpu_layers=default_gpu_layers() if gpu_layers is None else gpu_layers,
             embeddings=embeddings,
             draft=draft,
             speculation=speculation,
@@ -309,6 +309,12 @@ class _Link(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
             await self._closed.wait()
+
+
+def default_gpu_layers() -> int:
+    """What `MESH_GPU_LAYERS` says, as to `mesh-worker`, so that tests can be run on a GPU; else 0,
+    for figures are of the CPU unless another thing is said."""
+    return int(os.environ.get("MESH_GPU_LAYERS", "0"))
 
 
 def new_attempt() -> int:

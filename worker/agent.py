@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 
 import msgspec
 import structlog
@@ -29,6 +30,7 @@ from worker.beats import BEAT_SECONDS, Beats
 from worker.body import Bodies, BodyError
 from worker.catalog import ModelSource
 from worker.hearers import Hearers
+from worker.offload import RESERVE, built_with_cuda
 from worker.outlook import Outlook
 from worker.preparing import ServingSettings
 from worker.replies import Replies
@@ -136,7 +138,8 @@ class Agent:
 
     async def _serve(self, bus: Bus) -> None:
         # NVML may take a second on a host with many GPUs.
-        memory = self._settings.memory or await asyncio.to_thread(_free_memory)
+        free = partial(_free_memory, gpus=self._settings.serving.gpu_layers != 0)
+        memory = self._settings.memory or await asyncio.to_thread(free)
         bodies = Bodies(most_bytes=BODIES_BYTES, largest=bus.max_payload)
         replies = self._replies = Replies(bus, self._cancel)
         around = Surroundings(
@@ -388,6 +391,9 @@ async def _measure_hop(bus: Bus, beats: Beats) -> None:
         await asyncio.sleep(HOP_SECONDS)
 
 
-def _free_memory() -> int:
-    """What the host has left, main memory and GPUs."""
-    return hardware.memory().available + sum(gpu.free for gpu in hardware.gpus())
+def _free_memory(*, gpus: bool) -> int:
+    """What the host has left, main memory and, where they are used, GPUs."""
+    free = hardware.memory().available
+    if gpus and built_with_cuda():
+        free += sum(max(0, gpu.free - RESERVE) for gpu in hardware.gpus())
+    return free

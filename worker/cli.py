@@ -28,7 +28,6 @@ from shared.command_line import (
 )
 from shared.replicas import DEFAULT_TIMING
 from shared.sizes import parse_size
-from worker import hardware
 from worker.agent import Agent, AgentSettings
 from worker.catalog import ModelSource, Speculation, read_catalog
 from worker.engine_process import ENGINE_COMMAND
@@ -36,7 +35,6 @@ from worker.preparing import ServingSettings
 
 __all__ = ("app", "main")
 
-_ALL_LAYERS = -1
 
 _Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 _Text = Annotated[str, Parameter(show_default=False)]
@@ -98,7 +96,7 @@ def serve(
     ctx
         Tokens of context for one sequence; 0 takes what the model was trained with, at most 4096.
     gpu_layers
-        Layers on the GPU, -1 for all. Without it, all if there is a GPU.
+        Layers on the GPU, -1 for all. Without it, as many as fit into what it has free.
     prefix_memory
         Host memory per model for the KV of conversations whose slots were needed by others, so
         that they go on without being computed again; 0 keeps none.
@@ -133,7 +131,7 @@ def serve(
             queue=queue,
             context=ctx,
             threads=threads,
-            gpu_layers=_gpu_layers(gpu_layers),
+            gpu_layers=gpu_layers,
             speculation=speculation,
             prefix_memory=0 if prefix_memory == "0" else _size(prefix_memory, "--prefix-memory"),
             half=activations == "f16",
@@ -189,12 +187,6 @@ def _size(text: str, flag: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise Refused(f"{flag}: {error}") from None
-
-
-def _gpu_layers(asked: int | None) -> int:
-    if asked is None:
-        return _ALL_LAYERS if hardware.gpus() else 0
-    return asked
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What this process may use of its host: cores, memory, GPUs.
 
-In a container the host's figures are not ours: affinity and cgroup limits count. Nothing here
-raises because something is absent or broken; a figure that cannot be had is left out.
+In a container the host's figures are not ours: affinity and cgroup limits count, and of GPUs those
+that `CUDA_VISIBLE_DEVICES` names. Nothing here raises because something is absent or broken; a
+figure that cannot be had is left out.
 """
 
 import math
@@ -24,6 +25,7 @@ class Gpu(msgspec.Struct, frozen=True):
     """One NVIDIA GPU; bytes."""
 
     index: int
+    """As CUDA counts those that it shows."""
     name: str
     total: int
     free: int
@@ -61,7 +63,11 @@ def memory(cgroup: Path = _CGROUP) -> Memory:
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """NVIDIA GPUs as NVML shows them; none if there is no driver, or it does not answer."""
+    """NVIDIA GPUs as NVML shows them; none if there is no driver, or it does not answer.
+
+    In NVML's order, which is that of the PCI bus: so numbers in `CUDA_VISIBLE_DEVICES` are read,
+    too, while CUDA counts the fastest first unless `CUDA_DEVICE_ORDER` says `PCI_BUS_ID`.
+    """
     try:
         import pynvml
     except ImportError:
@@ -73,8 +79,8 @@ def gpus() -> tuple[Gpu, ...]:
         return ()
     found: list[Gpu] = []
     try:
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            gpu = _gpu(pynvml, index)
+        for index, device in enumerate(_visible(pynvml.nvmlDeviceGetCount())):
+            gpu = _gpu(pynvml, index, device)
             if gpu is not None:
                 found.append(gpu)
     except pynvml.NVMLError as error:
@@ -87,14 +93,37 @@ def gpus() -> tuple[Gpu, ...]:
     return tuple(found)
 
 
-def _gpu(pynvml: Any, index: int) -> Gpu | None:
+def _visible(count: int) -> list[int | str]:
+    """Numbers and UUIDs of the GPUs that CUDA shows to this process, as CUDA reads its variable.
+
+    What follows a number that no GPU has is not seen (CUDA C++ Programming Guide, "CUDA
+    Environment Variables").
+    """
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if told is None:
+        return list(range(count))
+    devices: list[int | str] = []
+    for word in map(str.strip, told.split(",")):
+        if word.startswith(("GPU-", "MIG-")):
+            devices.append(word)
+        elif word.isdecimal() and int(word) < count:
+            devices.append(int(word))
+        else:
+            break
+    return devices
+
+
+def _gpu(pynvml: Any, index: int, device: int | str) -> Gpu | None:
     """One GPU; None if just this one is lost (fallen off the bus, or without a memory figure)."""
     try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        if isinstance(device, int):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(device)
+        else:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(device)
         name = pynvml.nvmlDeviceGetName(handle)
         held = pynvml.nvmlDeviceGetMemoryInfo(handle)
     except pynvml.NVMLError as error:
-        _log.warning("gpu.unreadable", index=index, error=str(error))
+        _log.warning("gpu.unreadable", gpu=device, error=str(error))
         return None
     text = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
     return Gpu(index, text, int(held.total), int(held.free))

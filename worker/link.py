@@ -12,6 +12,7 @@ import msgspec
 
 __all__ = (
     "LENGTH",
+    "MOST_CONTEXT",
     "CancelAttempts",
     "EngineConfig",
     "EngineStats",
@@ -34,6 +35,9 @@ __all__ = (
 
 LENGTH = struct.Struct("<I")
 """Prefix of every message: its length in bytes."""
+
+MOST_CONTEXT = 4096
+"""Tokens a sequence gets by default at most, however long the model was trained."""
 
 
 class RingPlace(msgspec.Struct, frozen=True):
@@ -76,7 +80,8 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config"):
     """Threads for decode; 0: the cores this process may use, one left to the rest if it can be."""
     prefill_threads: int = 0
     """0: as `threads`."""
-    gpu_layers: int = 0
+    gpu_layers: int | None = 0
+    """Negative: all; None: as many as fit into what GPUs have free."""
     step_tokens: int = 512
     """Most tokens in one decode call."""
     kv_tokens: int = 0

@@ -16,7 +16,7 @@ from shared.groups import Group
 from worker.cache_folder import cache_folder
 from worker.cut_file import drop_unused, make_stage
 from worker.link import EngineConfig, RingPlace
-from worker.preparing import ALL_LAYERS, ServingSettings
+from worker.preparing import ServingSettings
 from worker.split_source import SplitSource, opened
 from worker.stage_cut import Wanted
 
@@ -79,7 +79,6 @@ async def prepare_part(
 
         path = await asyncio.to_thread(_made, split.place, wanted, progress)
     options = split.source.options
-    layers = settings.gpu_layers if options.gpu_layers is None else options.gpu_layers
     asked = options.speculation or settings.speculation
     config = EngineConfig(
         path=str(path),
@@ -88,8 +87,7 @@ async def prepare_part(
         slots=group.slots,
         context=group.context,
         threads=options.threads or settings.threads,
-        # Of a part all or none: which of its layers are the first ones here says nothing.
-        gpu_layers=ALL_LAYERS if layers else 0,
+        gpu_layers=settings.gpu_layers if options.gpu_layers is None else options.gpu_layers,
         step_tokens=group.step,
         chat_template=options.chat_template,
         embeddings=options.embeddings and alone,

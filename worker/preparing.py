@@ -19,19 +19,13 @@ from worker.drafts import find_draft, read_candidates
 from worker.engine_process import ENGINE_COMMAND
 from worker.gguf_header import GgufError, Header, estimate_memory, read_header
 from worker.hub import HubError, HubSource, fetch
-from worker.link import EngineConfig
+from worker.link import MOST_CONTEXT, EngineConfig
 from worker.memory_budget import MemoryBudget, NotEnoughMemory
 
 __all__ = ("Need", "Prepared", "ServingSettings", "need", "prepare")
 
-USUAL_CONTEXT = 4096
-"""Tokens of one sequence that the engine sets up at most unless it is told a number."""
-
 LEAST_CELLS = 512
 """KV cells without which a model is not worth loading."""
-
-ALL_LAYERS = 9999
-"""More than any model has."""
 
 _log = structlog.get_logger()
 
@@ -43,8 +37,8 @@ class ServingSettings(msgspec.Struct, frozen=True):
     queue: int = 64
     context: int = 0
     threads: int = 0
-    gpu_layers: int = 0
-    """Negative: all."""
+    gpu_layers: int | None = None
+    """Negative: all; None: as many as fit into what GPUs have free."""
     speculation: Speculation = "auto"
     prefix_memory: int = 512 << 20
     """Bytes per model for the KV of retired sequences whose slots were needed; 0: none."""
@@ -76,7 +70,7 @@ def need(
     options = source.options
     slots = options.slots or settings.slots
     asked = options.context or settings.context
-    context = asked or min(header.context_length or USUAL_CONTEXT, USUAL_CONTEXT)
+    context = asked or min(header.context_length or MOST_CONTEXT, MOST_CONTEXT)
     return Need(
         slots=slots,
         context=context,
@@ -146,7 +140,6 @@ async def prepare(
         raise NotEnoughMemory(f"{path.name}: {error}") from None
     if draft is not None:
         _tell_draft(source, draft, granted.draft)
-    gpu_layers = settings.gpu_layers if options.gpu_layers is None else options.gpu_layers
     config = EngineConfig(
         path=str(path),
         model=source.name,
@@ -154,7 +147,7 @@ async def prepare(
         slots=wanted.slots,
         context=options.context or settings.context,
         threads=options.threads or settings.threads,
-        gpu_layers=ALL_LAYERS if gpu_layers < 0 else gpu_layers,
+        gpu_layers=settings.gpu_layers if options.gpu_layers is None else options.gpu_layers,
         step_tokens=options.step_tokens or 512,
         memory_limit=granted.model,
         prefix_memory=granted.prefixes,

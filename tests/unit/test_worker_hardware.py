@@ -80,6 +80,7 @@ class NVMLError(Exception):
 
 
 def fake_nvml(monkeypatch, **changes: object) -> list[str]:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     calls: list[str] = []
     module = ModuleType("pynvml")
     functions: dict[str, object] = {
@@ -88,6 +89,7 @@ def fake_nvml(monkeypatch, **changes: object) -> list[str]:
         "nvmlShutdown": lambda: calls.append("shutdown"),
         "nvmlDeviceGetCount": lambda: 2,
         "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetHandleByUUID": lambda uuid: {"GPU-a": 0, "GPU-b": 1}[uuid],
         "nvmlDeviceGetName": lambda handle: f"GPU {handle}",
         "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=100 + handle, free=50),
     }
@@ -108,6 +110,27 @@ def test_gpus_are_listed(monkeypatch):
         hardware.Gpu(1, "GPU 1", 101, 50),
     )
     assert calls == ["init", "shutdown"]
+
+
+@pytest.mark.parametrize(
+    ("told", "names"),
+    [
+        ("0,1", ["GPU 0", "GPU 1"]),
+        ("1, 0", ["GPU 1", "GPU 0"]),
+        ("1", ["GPU 1"]),
+        ("GPU-b", ["GPU 1"]),
+        ("1,2,0", ["GPU 1"]),
+        ("-1,0", []),
+        ("NoDevFiles", []),
+        ("", []),
+    ],
+)
+def test_gpus_that_cuda_does_not_show_are_none(monkeypatch, told, names):
+    fake_nvml(monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
+    found = hardware.gpus()
+    assert [gpu.name for gpu in found] == names
+    assert [gpu.index for gpu in found] == list(range(len(names)))
 
 
 def test_names_may_be_bytes(monkeypatch):

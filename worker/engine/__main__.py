@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from worker.engine.calibrate import asked_of, calibrated
@@ -20,6 +21,7 @@ from worker.engine.calibration import Asked
 from worker.engine.cpu import advise
 from worker.engine.decoder import Decoder
 from worker.engine.embedding import Embedder
+from worker.engine.gpu import offload
 from worker.engine.intake import Intake, read_message
 from worker.engine.llama import Batch, Context, LoadError, Model, silence
 from worker.engine.loop import Loop
@@ -29,10 +31,7 @@ from worker.engine.ring_setup import join_ring, serve_stage
 from worker.engine.room import NoRoom, fit_context
 from worker.engine.speculation.setup import make_speculator
 from worker.gguf_header import GgufError, read_header
-from worker.link import EngineConfig, Failed, Loading, Ready, decode_config, pack
-
-MOST_CONTEXT = 4096
-"""Tokens a sequence gets by default at most, however long the model was trained."""
+from worker.link import MOST_CONTEXT, EngineConfig, Failed, Loading, Ready, decode_config, pack
 
 _WEIGHTS = 0.9
 """What reading the weights is of the load; the rest is calibration, if it is not cached."""
@@ -79,7 +78,9 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
     def calibrating(fraction: float) -> None:
         progress(_WEIGHTS + (1 - _WEIGHTS) * fraction)
 
-    model = Model(config.path, gpu_layers=config.gpu_layers, on_progress=weights)
+    gpu = offload(config, config.path)
+    told, config = config, msgspec.structs.replace(config, gpu_layers=gpu.layers)
+    model = Model(config.path, gpu_layers=gpu.layers, on_progress=weights)
     asked = asked_of(config)
     context: Decoder
     if config.ring is not None:
@@ -89,7 +90,7 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
     _prove(model, context, config.step_tokens)
     calibration = calibrated(model, context, config, tell=calibrating).calibration
     context.set_threads(calibration.threads, calibration.prefill_threads)
-    speculator, refusal = make_speculator(config, model, context, calibration)
+    speculator, refusal = make_speculator(told, model, context, calibration)
     embedder = Embedder(model, config, context.context, calibration.prefill_threads)
     intake = Intake(link, model, config, context.context)
     loop = Loop(
@@ -103,7 +104,7 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
         prefix_memory=config.prefix_memory,
     )
     # A stage's file is cut from the model's: advice on its format would name what nobody knows.
-    advice = advise(config.path, gpu_layers=config.gpu_layers) if config.ring is None else ""
+    advice = advise(config.path, gpu_layers=gpu.layers) if config.ring is None else ""
     link.sendall(
         pack(
             Ready(
@@ -113,7 +114,7 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
                 description=model.description(),
                 load_seconds=round(time.monotonic() - began, 3),
                 embeddings=config.embeddings,
-                advice="; ".join(line for line in (refusal, advice) if line),
+                advice="; ".join(line for line in (refusal, gpu.advice, advice) if line),
             )
         )
     )

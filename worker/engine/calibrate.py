@@ -16,11 +16,11 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from worker import hardware
 from worker.cache_folder import cache_folder
 from worker.engine.calibration import DEPTH, WIDTHS, Asked, Calibration, calibrate, nominal
 from worker.engine.calibration_cache import cache_key, load, store, switched_off
 from worker.engine.decoder import Decoder
+from worker.engine.gpu import offload
 from worker.engine.llama import Context, LoadError, Model, silence
 from worker.engine.stepper import ContextStepper, run_queue_seconds, spin_rounds
 from worker.link import EngineConfig
@@ -71,7 +71,7 @@ def calibrated(
     Args:
         model: the model.
         context: a context of it in which a token has been generated, so that all pages are there.
-        config: what it was loaded with.
+        config: what it was loaded with, the number of layers on GPUs included.
         fresh: measure, whatever the cache holds.
         tell: called with the part that is done, 0 to 1, if it takes a while.
 
@@ -85,7 +85,7 @@ def calibrated(
     key = cache_key(
         Path(config.path),
         asked,
-        gpu_layers=config.gpu_layers,
+        gpu_layers=config.gpu_layers or 0,
         step_tokens=config.step_tokens,
         poll=poll,
     )
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model=asked.model.name,
         worker="calibrate",
         threads=asked.threads,
-        gpu_layers=-1 if hardware.gpus() else 0,
+        gpu_layers=None,
     )
     try:
         report = _load_and_calibrate(config, fresh=asked.fresh)
@@ -151,7 +151,9 @@ def _load_and_calibrate(config: EngineConfig, *, fresh: bool) -> Report:
     def measuring(fraction: float) -> None:
         _say(f"progress {_LOADING + (1 - _LOADING) * fraction:.3f}")
 
-    model = Model(config.path, gpu_layers=config.gpu_layers, on_progress=loading)
+    gpu = offload(config, config.path)
+    config = msgspec.structs.replace(config, gpu_layers=gpu.layers)
+    model = Model(config.path, gpu_layers=gpu.layers, on_progress=loading)
     limit = asked_of(config).limit
     context = Context(
         model,

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from worker import hardware
 from worker.engine.calibration import Asked, Calibration
 
 __all__ = ("CacheKey", "cache_key", "load", "store", "switched_off")
@@ -38,6 +39,8 @@ class CacheKey(msgspec.Struct, frozen=True):
     host_cores: int
     asked: Asked
     gpu_layers: int
+    gpus: tuple[str, ...]
+    """Names of those that compute; none if they do not."""
     step_tokens: int
     poll: int
     llama: str
@@ -75,6 +78,7 @@ def cache_key(
         host_cores=os.cpu_count() or 1,
         asked=asked,
         gpu_layers=gpu_layers,
+        gpus=tuple(gpu.name for gpu in hardware.gpus()) if gpu_layers else (),
         step_tokens=step_tokens,
         poll=poll,
         llama=version("llama-cpp-python"),

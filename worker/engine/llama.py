@@ -75,6 +75,10 @@ class Model:
     ) -> None:
         params = ll.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
+        if not gpu_layers:
+            # Else a context takes half a GiB of each GPU, and wide steps are computed there.
+            self._no_devices = (ctypes.c_void_p * 1)(None)
+            params.devices = ctypes.cast(self._no_devices, ctypes.c_void_p)
         params.vocab_only = vocab_only
 
         @ll.llama_progress_callback  # type: ignore[untyped-decorator]

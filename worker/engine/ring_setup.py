@@ -10,6 +10,7 @@ from pathlib import Path
 
 import structlog
 
+from worker.engine.gpu import offload
 from worker.engine.intake import read_message
 from worker.engine.llama import Model
 from worker.engine.ring import RingBroken, RingContext
@@ -105,7 +106,8 @@ def serve_stage(
     """
     began = time.monotonic()
     threads = config.threads or len(os.sched_getaffinity(0))
-    model = Model(config.path, on_progress=on_progress, gpu_layers=config.gpu_layers)
+    gpu = offload(config, config.path)
+    model = Model(config.path, on_progress=on_progress, gpu_layers=gpu.layers)
     stage = _stage(model, config, place, threads)
     ready = Ready(
         context=stage.context.context,
@@ -114,6 +116,7 @@ def serve_stage(
         description=model.description(),
         load_seconds=round(time.monotonic() - began, 3),
         embeddings=False,
+        advice=gpu.advice,
     )
     orders = _Orders(link)
     orders.start()

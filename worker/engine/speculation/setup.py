@@ -9,12 +9,14 @@ import structlog
 from worker.engine.calibrate import calibrated
 from worker.engine.calibration import Calibration
 from worker.engine.decoder import Decoder
+from worker.engine.gpu import offload
 from worker.engine.llama import Context, LoadError, Model
 from worker.engine.speculation.costs import StepCost
 from worker.engine.speculation.drafter import Drafter
 from worker.engine.speculation.memory import Memory
 from worker.engine.speculation.pairing import Unpaired, check_pair
 from worker.engine.speculation.speculator import Speculator
+from worker.gguf_header import GgufError
 from worker.link import EngineConfig
 
 __all__ = ("make_speculator",)
@@ -45,7 +47,7 @@ def make_speculator(
     if config.draft and config.speculation == "auto":
         try:
             drafter = _drafter(config, model, context, calibration)
-        except (LoadError, Unpaired) as error:
+        except (GgufError, LoadError, Unpaired) as error:
             refusal = f"{Path(config.draft).name} cannot draft for {config.model}: {error}"
             log.warning("draft.refused", draft=config.draft, reason=str(error))
     speculator = Speculator(
@@ -66,10 +68,12 @@ def _drafter(
     """Load the draft model and check that it fits.
 
     Raises:
+        GgufError: it is no model that could be read.
         LoadError: llama.cpp cannot load it, or there is no memory.
         Unpaired: it is not of the target's vocabulary.
     """
-    model = Model(config.draft, gpu_layers=config.gpu_layers)
+    gpu = offload(msgspec.structs.replace(config, context=context.context), config.draft)
+    model = Model(config.draft, gpu_layers=gpu.layers)
     try:
         check_pair(target, model)
         own = Context(
@@ -87,6 +91,7 @@ def _drafter(
     measured = msgspec.structs.replace(
         config,
         path=config.draft,
+        gpu_layers=gpu.layers,
         threads=calibration.threads,
         prefill_threads=calibration.prefill_threads,
     )
