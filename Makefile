@@ -15,7 +15,7 @@ CHECKED := shared router worker mesh loadtests tests infra
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test slow chaos soak lint format check bench-engine bench-router bench-routing bench-ring bench-ring-delay bench-shards bench-end-to-end bench-cancel bench-overload bench-slow-readers bench-servers bench-memory peers bench-peers bench-speculation check-equality simulate clean distclean
+.PHONY: help env run test slow chaos soak lint format check bench-engine bench-router bench-routing bench-ring bench-ring-delay bench-shards bench-end-to-end bench-cancel bench-overload bench-slow-readers bench-servers bench-memory peers bench-peers bench-speculation check-equality check-gpu simulate clean distclean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | \
@@ -104,6 +104,9 @@ bench-peers: env ## Ours against llama-server; most of an hour, ARGS="--part thr
 
 bench-memory: env ## Memory over 10,000 requests
 	$(BIN)/python -m loadtests.soak_memory $(ARGS)
+
+check-gpu: env ## Memory, texts and layers on this host's NVIDIA GPUs
+	$(BIN)/python -m loadtests.check_gpu $(ARGS)
 
 bench-speculation: env ## Tokens/s with a draft model, with n-gram lookup, and without (hours; see --help)
 	$(BIN)/python -m loadtests.bench_speculation $(ARGS)

@@ -3,7 +3,8 @@
 Running sequences get one row each, first; what the token budget leaves goes to prefills, half of it
 to the oldest, then to the shortest. The budget follows what steps of late took
 (`worker.engine.step_time`) and how much waits: a short prompt delays the tokens of others, and the
-handling of a cancellation, by 80 ms, a long one by 0.4 s at most.
+handling of a cancellation, by 80 ms, a long one by 0.4 s at most; and by 8 rows more where a prompt
+ends with them, which alone would cost a step of their own.
 
 A long prompt is computed fastest in pieces of `WIDE_ROWS` or more, which flash attention takes
 together. So it has every other step to itself where there are others, and gets a piece of that size
