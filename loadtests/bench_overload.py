@@ -1,12 +1,13 @@
 """Several times more requests than can be served: what is still answered, and how soon after.
 
 Real parts: router, NATS, worker, model. First the capacity, in a closed loop; then half of it, as
-it is on a normal day; then `--times` of it for `--seconds`, and half of it again at once. Requests
-come by a Poisson process, each with a prompt of its own and a deadline. Nobody who is refused tries
-again: what comes is as much as it is whatever is refused.
+it is on a normal day; then `--times` of it for `--seconds`, and half of it again at once; last the
+capacity once more, since a machine's speed may change meanwhile. Requests come by a Poisson
+process, each with a prompt of its own and a deadline. Nobody who is refused tries again: what comes
+is as much as it is whatever is refused.
 
-Goodput is what was answered in whole and in time, of the capacity. It has recovered when no later
-window's median time to the first token is above the normal p95.
+Goodput is what was answered in whole and in time, of the mean of both capacities. It has recovered
+when no later window's median time to the first token is above the normal p95.
 """
 
 import asyncio
@@ -44,14 +45,21 @@ QUIET_SECONDS = 20.0
 class Figures(msgspec.Struct):
     """One run; times in seconds, memory in bytes."""
 
-    capacity: float
-    """Answers a second."""
+    before: float
+    """Capacity, answers a second."""
+    afterwards: float = 0.0
+    """The same when all is over."""
     normal: list[Reply] = []
     overload: list[Reply] = []
     after: list[Reply] = []
     seconds: float = 0.0
     memory: list[dict[str, int]] = []
     """Resident, every few seconds of the overload."""
+
+    @property
+    def capacity(self) -> float:
+        """Answers a second, the mean of both."""
+        return (self.before + self.afterwards) / 2
 
 
 class BenchOverload:
@@ -132,7 +140,7 @@ def report(figures: Figures, bench: BenchOverload, times: float, deadline: float
     rate = len(good) / figures.seconds
     after = [reply.ttft for reply in figures.after if not reply.error]
     rows = [
-        ("capacity, answers/s", f"{figures.capacity:.2f}"),
+        ("capacity before / after, answers/s", f"{figures.before:.2f} / {figures.afterwards:.2f}"),
         (f"asked, requests/s ({times:g} times)", f"{len(figures.overload) / figures.seconds:.1f}"),
         ("answered in whole and in time meanwhile, a second", f"{rate:.2f}"),
         ("goodput over capacity", f"{rate / figures.capacity:.3f}"),
@@ -188,8 +196,8 @@ async def measure(
         bench = BenchOverload(Target(f"http://127.0.0.1:{port}"), name, tokens, deadline)
         await bench.capacity(slots, 4 * slots)  # caches and calibration of speculation
         figures = Figures(await bench.capacity(slots, 20 * slots), seconds=seconds)
-        _tell(f"capacity: {figures.capacity:.2f} answers a second")
-        figures.normal = await bench.load(NORMAL * figures.capacity, QUIET_SECONDS)
+        _tell(f"capacity: {figures.before:.2f} answers a second")
+        figures.normal = await bench.load(NORMAL * figures.before, QUIET_SECONDS)
 
         async def watch() -> None:
             while True:
@@ -201,12 +209,13 @@ async def measure(
 
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(watch())
-            coming = group.create_task(bench.load(times * figures.capacity, seconds))
+            coming = group.create_task(bench.load(times * figures.before, seconds))
             # Those who come after do not wait until the last of the overload has been answered.
             await asyncio.sleep(seconds)
-            figures.after = await bench.load(NORMAL * figures.capacity, QUIET_SECONDS)
+            figures.after = await bench.load(NORMAL * figures.before, QUIET_SECONDS)
             figures.overload = await coming
             watching.cancel()
+        figures.afterwards = await bench.capacity(slots, 20 * slots)
     return report(figures, bench, times, deadline)
 
 
