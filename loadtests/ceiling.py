@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loadtests.engine_driver import default_gpu_layers
-from worker.engine.llama import Batch, Context, Model, silence
+from worker.engine.batch import Batch
+from worker.engine.llama import Context, Model, silence
 
 __all__ = ("CONTEXT", "MOST_STREAMS", "Ceiling", "lengths", "prompt")
 

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.protocol import ChatInput, Generate, TextInput
+from worker.engine.batch import Batch
 from worker.engine.constraint import ConstraintCompiler
 from worker.engine.draws import uniform
-from worker.engine.llama import Batch, Context, Model, silence
+from worker.engine.llama import Context, Model, silence
 from worker.engine.sampling import Sampler
 from worker.engine.template import FALLBACK_TEMPLATE, ChatTemplate
 from worker.engine.tools import detect_family, tool_constraint

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from worker.engine.llama import Batch, Context
+from worker.engine.batch import Batch
+from worker.engine.llama import Context
 
 __all__ = ("decode_rows",)
 

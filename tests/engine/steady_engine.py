@@ -23,7 +23,8 @@ def perf_counter() -> float:
 time.perf_counter = perf_counter
 
 from worker.engine import __main__ as engine  # noqa: E402
-from worker.engine.llama import Batch, Context  # noqa: E402
+from worker.engine.batch import Batch  # noqa: E402
+from worker.engine.llama import Context  # noqa: E402
 
 compute = Context.decode
 

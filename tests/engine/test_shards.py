@@ -11,7 +11,8 @@ from asking import packaged_model
 from tiny_models import EXPERTS, TINY, VOCABULARY, write_tiny
 
 from mesh.cli import main
-from worker.engine.llama import Batch, Context, Model, silence
+from worker.engine.batch import Batch
+from worker.engine.llama import Context, Model, silence
 from worker.engine.text_score import ScoreError, score
 from worker.gguf_file import GgufError, read_files
 from worker.model_bytes import FileBytes

@@ -13,7 +13,8 @@ from tiny_models import TINY, write_tiny
 
 from shared.planning import SPLITTABLE
 from worker.cut_file import make_stage
-from worker.engine.llama import Batch, Context, Model, silence
+from worker.engine.batch import Batch
+from worker.engine.llama import Context, Model, silence
 from worker.engine.stage import Rows, Stage, input_scale
 from worker.engine.token_rows import TokenRows
 from worker.gguf_file import read_files

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from worker.engine.batch import Batch
 from worker.engine.calibrate import asked_of, calibrated
 from worker.engine.calibration import Asked
 from worker.engine.cpu import advise
@@ -23,7 +24,7 @@ from worker.engine.decoder import Decoder
 from worker.engine.embedding import Embedder
 from worker.engine.gpu import offload
 from worker.engine.intake import Intake, read_message
-from worker.engine.llama import Batch, Context, LoadError, Model, silence
+from worker.engine.llama import Context, LoadError, Model, silence
 from worker.engine.loop import Loop
 from worker.engine.outbox import Outbox
 from worker.engine.ring import RingBroken

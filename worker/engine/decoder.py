@@ -5,7 +5,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.engine.llama import Batch
+from worker.engine.batch import Batch
 
 __all__ = ("Decoder",)
 

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.protocol import Embed, EmbedResult, Usage
+from worker.engine.batch import Batch
 from worker.engine.fair_queue import FairQueue
-from worker.engine.llama import Batch, Context, Model
+from worker.engine.llama import Context, Model
 from worker.link import EngineConfig
 
 __all__ = ("EmbedJob", "Embedder")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence as Several
 from typing import NamedTuple
 
-from worker.engine.llama import Batch
+from worker.engine.batch import Batch
 from worker.engine.sequence import Sequence
 from worker.engine.slots import Slot
 

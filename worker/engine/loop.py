@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence as Drafts
 
 from shared.errors import MeshError, WorkerFailed
+from worker.engine.batch import Batch
 from worker.engine.calibration import Calibration
 from worker.engine.decoder import Decoder
 from worker.engine.embedding import Embedder
@@ -17,7 +18,7 @@ from worker.engine.filling import Sampled, fill, fill_decoding
 from worker.engine.intake import Intake
 from worker.engine.jobs import Jobs
 from worker.engine.lanes import deal, overlap
-from worker.engine.llama import INTERRUPTED, Batch
+from worker.engine.llama import INTERRUPTED
 from worker.engine.outbox import Outbox
 from worker.engine.running import Running
 from worker.engine.scheduler import Pace, Piece

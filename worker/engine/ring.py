@@ -28,7 +28,7 @@ from shared.pipeline import (
     encode_message,
 )
 from worker.engine.activations import Span, from_bytes, passes, to_bytes
-from worker.engine.llama import Batch
+from worker.engine.batch import Batch
 from worker.engine.stage import Rows, Stage
 
 __all__ = ("RingBroken", "RingContext", "RingTransport")

@@ -16,7 +16,8 @@ import llama_cpp.llama_cpp as ll
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.engine.llama import Batch, Context, Model
+from worker.engine.batch import Batch
+from worker.engine.llama import Context, Model
 from worker.engine.tensors import tensor_name, tensor_rows
 
 __all__ = ("Rows", "Stage", "input_scale")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from worker.engine.batch import Batch
 from worker.engine.decoder import Decoder
-from worker.engine.llama import Batch
 
 __all__ = ("ContextStepper", "run_queue_seconds", "spin_rounds")
 

@@ -20,7 +20,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.engine.llama import Batch, Context, Model
+from worker.engine.batch import Batch
+from worker.engine.llama import Context, Model
 from worker.engine.tensors import tensor_name, tensor_rows
 
 __all__ = ("Score", "ScoreError", "score")

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from worker.engine.llama import Batch, Context
+from worker.engine.batch import Batch
+from worker.engine.llama import Context
 from worker.engine.sampling import Logits
 from worker.engine.slots import Slot
 from worker.engine.speculation.costs import StepCost
