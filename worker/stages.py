@@ -3,7 +3,8 @@
 What leases say is what is done: a part is loaded when a live lease gives it to this worker, and let
 go of when that lease is gone or names another group. A part that cannot be had, or whose engine
 ends, is told as failed; then the head gives the lease back. The part of a group that is over stays
-loaded for a while: it is part of the next group at once, if that has the same cuts.
+loaded for a while, or goes on loading: it is part of the next group at once, if that has the same
+cuts.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ import structlog
 from shared.groups import Group, Part, StageState
 from worker.engine_process import EngineGaveUp, EngineProcess
 from worker.gguf_header import GgufError
-from worker.link import Ready, Step
+from worker.link import Ready, RingPlace, Step
 from worker.model_bytes import SourceError
 from worker.part import PartRefused, PartStopped, place_in, prepare_part
 from worker.preparing import ServingSettings
@@ -62,6 +63,8 @@ class _Carried:
         self.process: EngineProcess | None = None
         self.loaded = False
         self.kept_since = 0.0
+        self._next: RingPlace | None = None
+        """Where it goes when it has loaded, for a group that is over."""
         self.task: asyncio.Task[None] | None = None
         self._on_change = on_change
 
@@ -85,12 +88,17 @@ class _Carried:
 
     def keep(self) -> None:
         """Its group is over."""
-        self.group, self.kept_since = None, time.monotonic()
+        self.group, self.kept_since, self._next = None, time.monotonic(), None
         self.become("kept")
 
     def join(self, group: Group, part: Part, worker: str, nats: str) -> bool:
         """Take part in another group; False: the process is not there any more."""
-        if self.process is None or not self.process.join(place_in(group, worker, nats)):
+        if self.process is None:
+            return False
+        place = place_in(group, worker, nats)
+        if not self.loaded:
+            self._next = place
+        elif not self.process.join(place):
             return False
         self.group, self.part = group, part
         self.become("loading")
@@ -107,6 +115,9 @@ class _Carried:
     def on_ready(self, ready: Ready) -> None:
         """See EngineEvents."""
         self.loaded = True
+        place, self._next = self._next, None
+        if place is not None and self.process is not None and self.process.join(place):
+            return  # it is ready once more when it is there
         if self.group is not None:
             _log.info("stage.ready", model=self.kind.model, group=self.group.id)
             self.become("ready")
@@ -212,7 +223,7 @@ class Stages:
         """Keep a part whose group is over, if it can be, but not for ever."""
         if carried.group is not None and carried.group.id in wanted:
             return
-        if carried.group is not None and carried.loaded and carried.process is not None:
+        if carried.group is not None and carried.process is not None:
             carried.keep()
         elif (
             carried.group is not None or time.monotonic() - carried.kept_since > KEEP_SECONDS

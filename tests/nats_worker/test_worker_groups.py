@@ -284,6 +284,42 @@ async def test_of_two_groups_that_are_formed_at_once_one_gets_the_memory(
         await heads.tell(ROLES, subjects.lease_key(part.name, 0), None)
 
 
+async def test_a_part_that_loads_when_its_group_ends_is_part_of_the_next(
+    start: Any,
+    router: Any,
+    side: Side,
+    unique: str,
+    connect: Callable[..., Any],
+    eventually: Callable[..., Any],
+) -> None:
+    """As of a worker that was started anew, and finds the lease of the group that it has left."""
+    (running,) = [await start(f"slow-{unique}", standby=True, timing=BRISK, **SMALL)]
+    beat = await router.beat("worker-1", lambda beat: len(beat.parts) == 1)
+    (part,) = beat.parts
+    head = Kv(await connect("worker-2"))
+    key = subjects.lease_key(part.name, 0)
+
+    async def lead(identity: str) -> None:
+        parts = (Part("worker-1", 0, 4, ROOM * 2 // 3), Part("worker-2", 4, LAYERS, 1))
+        group = Group(identity, part.digest, parts, 1, 256, 32)
+        lease = Lease("worker-2", time.time(), time.time(), "loading", group)
+        await head.tell(ROLES, key, msgspec.json.encode(lease))
+
+    def states(beat: Beat) -> list[tuple[str, str]]:
+        return [(stage.group, stage.state) for stage in beat.stages]
+
+    await lead("first")
+    await eventually(lambda: stage_processes([running]))
+    (process,) = stage_processes([running])
+    await head.tell(ROLES, key, None)
+    await router.beat("worker-1", lambda beat: states(beat) == [("", "kept")])
+    await lead("second")
+    await router.beat("worker-1", lambda beat: states(beat) == [("second", "ready")])
+    assert stage_processes([running]) == [process]
+    assert not [beat for beat in router.beats if ("first", "ready") in states(beat)]
+    await head.tell(ROLES, key, None)
+
+
 def test_what_is_promised_counts_and_what_is_kept_does_not() -> None:
     states = ("loading", "ready", "failed", "kept")
     taken = [StageState("g", "m", 0, 1, 7, state).taken for state in states]
