@@ -39,7 +39,7 @@ WINDOW = 5.0
 requests: in the twenty after an overload, one is above the normal p95 by chance."""
 NORMAL = 0.5
 """Share of the capacity that is asked before and after."""
-QUIET_SECONDS = 20.0
+QUIET_SECONDS = 30.0
 
 
 class Figures(msgspec.Struct):
@@ -105,8 +105,8 @@ class BenchOverload:
         return not reply.error and reply.total <= self._deadline
 
 
-def recovered_after(after: Sequence[Reply], bound: float) -> float:
-    """Seconds from the first reply's sending to the window from which on medians keep the bound."""
+def by_window(after: Sequence[Reply]) -> dict[int, list[float]]:
+    """Times to the first token by the window in which a request was sent, from the first one on."""
     if not after:
         raise ValueError("nothing was asked after the overload")
     start = after[0].sent
@@ -115,6 +115,12 @@ def recovered_after(after: Sequence[Reply], bound: float) -> float:
         # Refused: as bad as never.
         ttft = reply.ttft if not reply.error else float("inf")
         windows.setdefault(int((reply.sent - start) / WINDOW), []).append(ttft)
+    return windows
+
+
+def recovered_after(after: Sequence[Reply], bound: float) -> float:
+    """Seconds from the first reply's sending to the window from which on medians keep the bound."""
+    windows = by_window(after)
     bad = [index for index, values in windows.items() if statistics.median(values) > bound]
     return (max(bad) + 1) * WINDOW if bad else 0.0
 
@@ -158,9 +164,19 @@ def report(figures: Figures, bench: BenchOverload, times: float, deadline: float
     memory = [
         (name, *(f"{sample[name] / 1e6:.0f}" for sample in (first, last, most))) for name in first
     ]
+    windows = [
+        (
+            f"{WINDOW * index:.0f} to {WINDOW * (index + 1):.0f}",
+            str(len(values)),
+            f"{statistics.median(values):.3f}",
+            f"{max(values):.3f}",
+        )
+        for index, values in sorted(by_window(figures.after).items())
+    ]
     return "\n\n".join(
         (
             markdown(("figure", "value"), rows),
+            markdown(("seconds after", "asked", "TTFT p50, s", "most"), windows),
             markdown(("outcome", "requests"), outcomes),
             markdown(("resident memory, MB", "first", "last", "most"), memory),
         )
