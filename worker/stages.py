@@ -120,7 +120,9 @@ class _Carried:
             return  # it is ready once more when it is there
         if self.group is not None:
             _log.info("stage.ready", model=self.kind.model, group=self.group.id)
-            self.become("ready")
+            if ready.advice:
+                _log.warning("model.advice", model=self.kind.model, advice=ready.advice)
+            self.become("ready", ready.advice)
 
     def on_step(self, step: Step) -> None:
         """See EngineEvents; a stage without the head answers nobody."""

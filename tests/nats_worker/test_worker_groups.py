@@ -22,6 +22,7 @@ from shared.presence import Beat
 from shared.protocol import End, Fail, Handback
 from shared.replicas import Timing
 from worker import stages
+from worker.link import Ready
 from worker.outlook import Outlook
 
 pytestmark = pytest.mark.nats
@@ -324,3 +325,10 @@ def test_what_is_promised_counts_and_what_is_kept_does_not() -> None:
     states = ("loading", "ready", "failed", "kept")
     taken = [StageState("g", "m", 0, 1, 7, state).taken for state in states]
     assert taken == [7, 7, 0, 0]
+
+
+def test_what_the_engine_of_a_part_advises_is_told() -> None:
+    parts = (Part("worker-1", 0, 4, 1), Part("worker-2", 4, LAYERS, 1))
+    carried = stages._Carried("m", Group("g", "d", parts, 1, 256, 32), parts[0], lambda: None)
+    carried.on_ready(Ready(context=256, slots=1, threads=1, advice="the CPU computes it"))
+    assert (carried.told.state, carried.told.detail) == ("ready", "the CPU computes it")
