@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SIZE = "64m"
+# Reads its input to the end, which comes with the test's process however that ends.
+_UNMOUNT_AT_THE_END = 'cat >/dev/null; umount --lazy "$1"'
+_LONG_ENOUGH_S = 30
 
 __all__ = ("SmallDisk", "small_disk")
 
@@ -32,7 +35,11 @@ class SmallDisk:
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[SmallDisk | None]:
-    """Mount one; None where that is not allowed: it takes root's rights on Linux."""
+    """Mount one; None where that is not allowed: it takes root's rights on Linux.
+
+    It is gone with the test's process, too, where that is killed: left mounted, it would lie in
+    the way of a later pytest, which clears old folders away.
+    """
     folder.mkdir()
     try:
         mount = ("mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder))
@@ -43,7 +50,13 @@ def small_disk(folder: Path) -> Iterator[SmallDisk | None]:
         print("\nno file system may be mounted here: none is filled")
         yield None
         return
+    guard = subprocess.Popen(
+        ("sh", "-c", _UNMOUNT_AT_THE_END, "sh", str(folder)),
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
     try:
         yield SmallDisk(folder)
     finally:
-        subprocess.run(("umount", str(folder)), check=True)
+        guard.communicate(timeout=_LONG_ENOUGH_S)
+        assert guard.returncode == 0, f"{folder} is still mounted"
