@@ -42,8 +42,8 @@ slow: env ## Run the tests that take minutes each
 chaos: env ## Run the tests that kill, stop and cut off processes
 	$(BIN)/pytest -s -m chaos $(ARGS)
 
-soak: env ## Run the tests that look for leaks
-	$(BIN)/pytest -m soak $(ARGS)
+soak: env ## Run the tests that look for leaks: an hour, or MESH_SOAK_MINUTES
+	$(BIN)/pytest -s -m soak $(ARGS)
 
 lint: env ## Check style, types and the walls between packages
 	$(BIN)/ruff check $(CHECKED)

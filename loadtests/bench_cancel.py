@@ -43,7 +43,9 @@ TELLS: dict[Kind, str] = {
 }
 PATIENCE = 10.0
 WORDS = ("river", "stone", "market", "engine", "garden", "window", "letter", "system", "bridge")
-CONTEXT = 2048
+PREFILL_WORDS = 1200
+"""Of the prompt in whose prefill a client leaves: some 1,300 tokens."""
+LEAST_CONTEXT = 1600
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -153,6 +155,8 @@ class BenchCancel:
         self.model = model
         self.observer = observer
         self.busy = busy
+        self.most = min(500, answers)
+        """Tokens that those who leave ask for: more than they wait for."""
         self.crowd = Crowd(target, lambda: self.request(answers))
         self.samples: list[Sample] = []
         self._random = random.Random(1)
@@ -190,26 +194,26 @@ class BenchCancel:
             await asyncio.sleep(self._random.uniform(0.01, 0.05))
 
     async def streaming(self) -> Sample:
-        visitor = self.visitor("streaming", self.request(500))
+        visitor = self.visitor("streaming", self.request(self.most))
         await visitor.tokens(self._random.randint(1, 8))
         # Not right after a token, which is right after a step, but at any moment of one.
         await asyncio.sleep(self._random.uniform(0, 0.03))
         return await self.gone("streaming", visitor)
 
     async def not_streaming(self) -> Sample:
-        visitor = self.visitor("not streaming", self.request(500, stream=False))
+        visitor = self.visitor("not streaming", self.request(self.most, stream=False))
         await self.observer.when(visitor.identity, "admitted")
         await asyncio.sleep(self._random.uniform(0.05, 0.3))
         return await self.gone("not streaming", visitor)
 
     async def in_prefill(self) -> Sample:
-        visitor = self.visitor("in prefill", self.request(100, words=1200))
+        visitor = self.visitor("in prefill", self.request(100, words=PREFILL_WORDS))
         await self.observer.when(visitor.identity, "admitted")
         await asyncio.sleep(self._random.uniform(0.02, 0.3))
         return await self.gone("in prefill", visitor)
 
     async def taken_over(self) -> Sample:
-        leaving = self.visitor("leaving", self.request(500))
+        leaving = self.visitor("leaving", self.request(self.most))
         await leaving.tokens(self._random.randint(1, 8))
         waiting = self.visitor("waiting", self.request(100))
         await self.observer.when(waiting.identity, "admitted")
@@ -271,6 +275,7 @@ async def measure(
     slots: int,
     busy: int,
     answers: int,
+    context: int,
     threads: int,
 ) -> tuple[list[Sample], dict[Kind, list[float]]]:
     """Measure each kind; also returns the gaps between the crowd's tokens meanwhile."""
@@ -284,7 +289,7 @@ async def measure(
                 model or smollm2_q4_0(stack.folder),
                 f"--slots={slots}",
                 f"--threads={threads}",
-                f"--ctx={CONTEXT}",
+                f"--ctx={context}",
                 observer=stack.folder / "observer",
             )
             name = await stack.wait_model("router-1", "worker-1")
@@ -316,6 +321,7 @@ def main(
     slots: int = 8,
     busy: int = 6,
     answers: int = 512,
+    context: int = 2048,
     threads: int = 1,
     json_file: Annotated[Path | None, cyclopts.Parameter(name="--json")] = None,
 ) -> None:
@@ -328,16 +334,22 @@ def main(
         slots: slots of the worker
         busy: slots kept busy by other streams
         answers: tokens that each of those streams writes; the deeper they are, the longer a step
+        context: tokens a slot has room for
         threads: threads of the engine; at 1 the other parts have a core
         json_file: where to write every sample
     """
     if not 0 <= busy < slots:
         raise SystemExit("--busy: at least one slot must be left for the client that leaves")
-    if not 16 <= answers <= CONTEXT - 300:
-        raise SystemExit(f"--answers: from 16 to {CONTEXT - 300}, what the context has room for")
+    if not 16 <= answers <= context - 100:
+        raise SystemExit(f"--answers: from 16 to {context - 100}, what the context has room for")
+    if "in prefill" in kind and context < LEAST_CONTEXT:
+        raise SystemExit(
+            f"--context: at least {LEAST_CONTEXT} for clients that leave in a long prefill; "
+            "or other kinds with --kind"
+        )
     raise_open_files(1024)
     started = now()
-    found, gaps = uvloop.run(measure(model, kind, samples, slots, busy, answers, threads))
+    found, gaps = uvloop.run(measure(model, kind, samples, slots, busy, answers, context, threads))
     if json_file is not None:
         lines = (json.dumps(msgspec.to_builtins(sample)) + "\n" for sample in found)
         json_file.write_text("".join(lines))

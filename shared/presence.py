@@ -128,6 +128,8 @@ class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
     losses: Count = 0
     """How often it has lost its connection to NATS: nothing that it was asked before can be
     answered any more."""
+    tasks: Count = 0
+    """Of its event loop; what leaks shows here first."""
 
 
 class RouterBeat(msgspec.Struct, frozen=True, omit_defaults=True):

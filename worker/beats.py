@@ -101,6 +101,7 @@ class Beats:
             changes=tuple(self.changes),
             dropped=self._rejects.total,
             losses=self.losses,
+            tasks=len(asyncio.all_tasks()),
         )
 
     async def run(self) -> None:

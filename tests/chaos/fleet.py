@@ -32,7 +32,17 @@ MODEL = "pair"
 ROUTERS = ("router-1", "router-2")
 WORKERS = ("worker-1", "worker-2")
 
-__all__ = ("MODEL", "ROUTERS", "WAIT", "WORKERS", "Fleet", "fleet_on", "running_fleet", "users")
+__all__ = (
+    "MODEL",
+    "ROUTERS",
+    "WAIT",
+    "WORKERS",
+    "Fleet",
+    "fleet_on",
+    "free_port",
+    "running_fleet",
+    "users",
+)
 
 
 class Nats(Protocol):
@@ -64,7 +74,7 @@ class Fleet(Generic[N]):
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         # A test kills from a thread of its own while `until` looks for what died by itself.
         self._looking = threading.Lock()
-        self._ports = {name: _free_port() for name in ROUTERS}
+        self._ports = {name: free_port() for name in ROUTERS}
         (file,) = resolve((), folder)
         models = folder / "models"
         models.mkdir()
@@ -189,6 +199,7 @@ async def running_fleet(
     folder: Path,
     through: Callable[[str, str], str] = lambda _, url: url,
     settings: Callable[[str], Mapping[str, str]] = lambda _: {},
+    http_port: int | None = None,
 ) -> AsyncIterator[Fleet[NatsServer]]:
     """All of it, ready.
 
@@ -196,9 +207,10 @@ async def running_fleet(
         folder: for all files.
         through: may give a worker another URL of the server.
         settings: further ones of each part's environment.
+        http_port: where NATS tells of itself.
     """
     async with (
-        NatsServer(identities=users(), data_dir=folder / "nats") as nats,
+        NatsServer(identities=users(), data_dir=folder / "nats", http_port=http_port) as nats,
         fleet_on(nats, folder, through, settings) as fleet,
     ):
         yield fleet
@@ -234,6 +246,7 @@ async def fleet_on(
         fleet.clear_away()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nobody listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as holder:
         return int(holder.getsockname()[1])

@@ -19,10 +19,12 @@ import pytest
 from clocks import Clocks
 from disturbing import Chaos
 from failover_streams import KINDS, bodies
-from fleet import MODEL, ROUTERS, WORKERS, Fleet, running_fleet
+from fleet import MODEL, ROUTERS, WORKERS, Fleet, free_port, running_fleet
+from leaks import held, more
 from small_disk import small_disk
 
 from loadtests.wire_proxy import WireProxy
+from shared.broker import NatsServer
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(3600)]
 
@@ -87,7 +89,7 @@ class Ledger:
 class Clients:
     """Ask for all kinds of answers, one after another; some leave in the middle."""
 
-    def __init__(self, fleet: Fleet, ledger: Ledger, seed: int) -> None:
+    def __init__(self, fleet: Fleet[NatsServer], ledger: Ledger, seed: int) -> None:
         self._fleet = fleet
         self._ledger = ledger
         self._draw = random.Random(seed)
@@ -171,25 +173,19 @@ async def read_stream(entry: Entry, answer: httpx.Response, *, leave_after: int)
     entry.outcome, entry.detail = ("told", f"event {error}") if error else ("cut", "no [DONE]")
 
 
-async def in_flight(fleet: Fleet) -> float:
-    """What the routers count as not answered."""
-    total = 0.0
-    async with httpx.AsyncClient(timeout=10, trust_env=False) as client:
-        for url in fleet.urls:
-            text = (await client.get(f"{url.removesuffix('/v1')}/metrics")).text
-            lines = [line for line in text.splitlines() if "mesh_router_in_flight{" in line]
-            total += sum(float(line.split()[-1]) for line in lines)
-    return total
+async def nothing_left(fleet: Fleet[NatsServer], monitor: str, before: dict[str, int]) -> None:
+    """Wait until nothing is held that was not before; an assertion names what is."""
+    found: dict[str, tuple[int, int]] = {}
 
+    async def none() -> bool:
+        found.clear()
+        found.update(more(await held(fleet, monitor), before))
+        return not found
 
-def descriptors(fleet: Fleet) -> dict[str, int]:
-    """Open ones, of each part."""
-    return {name: fleet.process(name).num_fds() for name in (*ROUTERS, *WORKERS)}
-
-
-def not_more(now: dict[str, int], before: dict[str, int]) -> bool:
-    """But for the few that come and go."""
-    return all(count <= before[name] + 4 for name, count in now.items())
+    try:
+        await fleet.until(none)
+    except AssertionError:
+        raise AssertionError(f"left over, before and after: {found}\n{fleet.story()}") from None
 
 
 @pytest.mark.parametrize(
@@ -201,6 +197,8 @@ def not_more(now: dict[str, int], before: dict[str, int]) -> bool:
 )
 async def test_every_request_has_one_outcome(tmp_path: Path, seconds: float) -> None:
     seed = int(os.environ.get("MESH_CHAOS_SEED", "1"))
+    port = free_port()
+    monitor = f"http://127.0.0.1:{port}"
     clocks = Clocks(tmp_path / "clocks", (*ROUTERS, *WORKERS))
     async with (
         WireProxy().running() as one,
@@ -212,11 +210,12 @@ async def test_every_request_has_one_outcome(tmp_path: Path, seconds: float) -> 
                 tmp_path,
                 lambda name, url: wires[name].url(url),
                 settings=clocks.settings,
+                http_port=port,
             ) as fleet:
                 ledger = Ledger()
                 clients = Clients(fleet, ledger, seed)
                 chaos = Chaos(fleet, ledger, wires, clocks, disk, seed + 1)
-                before = descriptors(fleet)
+                before = await held(fleet, monitor)
                 async with asyncio.TaskGroup() as group:
                     group.create_task(clients.run())
                     try:
@@ -229,6 +228,5 @@ async def test_every_request_has_one_outcome(tmp_path: Path, seconds: float) -> 
                 answered = sum(entry.outcome == "answered" for entry in ledger.entries)
                 # A ledger of refusals alone would show nothing.
                 assert answered >= len(ledger.entries) / 3, ledger.report()
-                await fleet.until(lambda: not fleet.busy(*WORKERS))
-                assert await in_flight(fleet) == 0
-                await fleet.until(lambda: not_more(descriptors(fleet), before))
+                await nothing_left(fleet, monitor, before)
+                print(f"before: {before}\nafter:  {await held(fleet, monitor)}")

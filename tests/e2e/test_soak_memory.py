@@ -1,15 +1,21 @@
-"""10,000 short requests of every kind leave no process larger than the first 1,000 did."""
+"""An hour of short requests of every kind leaves no process larger than its beginning did."""
+
+import os
 
 import pytest
 
 from loadtests.soak_memory import growths, report, soak
 
-pytestmark = [pytest.mark.soak, pytest.mark.model, pytest.mark.nats, pytest.mark.timeout(5400)]
+pytestmark = [pytest.mark.soak, pytest.mark.model, pytest.mark.nats, pytest.mark.timeout(3 * 3600)]
+
+MINUTES = float(os.environ.get("MESH_SOAK_MINUTES", "60"))
+"""At least, and until 10,000 requests are answered."""
 
 
-async def test_memory_is_flat_after_the_first_thousand_requests() -> None:
-    samples = await soak(requests=10_000, every=250)
-    assert samples[-1].requests == 10_000
+async def test_nothing_grows_after_the_first_thousand_requests() -> None:
+    samples = await soak(requests=10_000, seconds=60 * MINUTES, every=250)
+    assert samples[-1].requests >= 10_000
+    assert samples[-1].seconds >= 60 * MINUTES
     story = report(samples, 1_000)
     print(story)
     assert [str(growth) for growth in growths(samples, 1_000) if not growth.flat] == [], story

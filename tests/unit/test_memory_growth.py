@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from loadtests.soak_memory import (
     JUDGED,
     Memory,
+    Open,
     Sample,
     growths,
     main,
     memory_of,
+    open_of,
     report,
     spark,
     too_short,
@@ -21,16 +23,25 @@ from loadtests.soak_memory import (
 MB = 1_000_000
 
 
-def samples(of: "list[tuple[int, float]]", process: str = "router") -> list[Sample]:
-    """Samples in which one process holds so many MB, and the others 100 MB all the time."""
+def samples(
+    of: "list[tuple[int, float]]", process: str = "router", tasks: "tuple[int, ...]" = ()
+) -> list[Sample]:
+    """Samples in which one process holds so many MB, and the others 100 MB all the time; or has so
+    many tasks, and the others ten.
+    """
 
     def memory(name: str, size: float) -> Memory:
         held = int((size if name == process else 100) * MB)
         return Memory(rss=held, pss=held, private=held, anonymous=held)
 
     return [
-        Sample(requests, requests / 10, {name: memory(name, size) for name in (*JUDGED, "nats")})
-        for requests, size in of
+        Sample(
+            requests,
+            requests / 10,
+            {name: memory(name, size) for name in JUDGED},
+            {name: Open(20, 3, tasks[at] if tasks and name == process else 10) for name in JUDGED},
+        )
+        for at, (requests, size) in enumerate(of)
     ]
 
 
@@ -53,6 +64,26 @@ def test_what_the_first_requests_take_is_no_leak() -> None:
 def test_a_large_process_may_grow_by_a_share_of_its_size() -> None:
     large = samples([(n, 1_000 + n / 500) for n in range(0, 10_001, 250)])
     assert all(growth.flat for growth in growths(large, 1_000))
+
+
+@pytest.mark.parametrize("process", JUDGED)
+def test_tasks_that_stay_are_told_in_the_process_that_has_them(process: str) -> None:
+    times = [(n, 100.0) for n in range(0, 10_001, 250)]
+    leaking = samples(times, process, tuple(10 + n // 1_000 for n, _ in times))
+    found = [growth for growth in growths(leaking, 1_000) if not growth.flat]
+    assert [(growth.process, growth.field) for growth in found] == [(process, "tasks")]
+    assert "grown by +9" in str(found[0])
+    come_and_go = samples(times, process, tuple(10 + n // 250 % 4 for n, _ in times))
+    assert all(growth.flat for growth in growths(come_and_go, 1_000))
+
+
+def test_the_kernel_tells_what_this_process_has_open() -> None:
+    before = open_of(os.getpid(), 7)
+    with open(os.devnull):
+        now = open_of(os.getpid(), 7)
+    assert now.descriptors == before.descriptors + 1
+    assert now.threads >= 1
+    assert now.tasks == 7
 
 
 def test_too_few_samples_are_no_verdict() -> None:
