@@ -33,6 +33,10 @@ __all__ = ("Loop",)
 
 _LANE_ROUNDS = 32
 """Rounds of lanes after which deadlines and drafts are looked at again."""
+_LONGEST_TILE = 2.0
+"""Seconds that a tile of a prompt may take: all others wait for it. Where it takes longer, as with
+a large model on few cores, prompts are computed in smaller pieces only. Far from what usual models
+take, so that workers that share a model seldom differ in it."""
 
 
 class Loop:
@@ -57,12 +61,15 @@ class Loop:
         self._outbox = outbox
         self._speculator = speculator
         self._tally = Tally()
+        tile = context.tile
+        wide = tile * calibration.prefill_row_seconds <= _LONGEST_TILE
+        self._tile = tile if wide else 0
         self._running = Running(
-            context, speculator, outbox, self._tally, prefix_memory=prefix_memory
+            context, speculator, outbox, self._tally, prefix_memory=prefix_memory, tile=self._tile
         )
         self._jobs = Jobs(intake, outbox, embedder, self._running)
         self._threads = Threads(context, calibration, speculator)
-        self._pace = Pace(step_tokens)
+        self._pace = Pace(step_tokens, tile, wide=wide)
         self._prefilling: frozenset[int] = frozenset()
         """Attempts whose prompts are computed in the step that runs."""
         self._interrupting = threading.Lock()
@@ -92,8 +99,7 @@ class Loop:
 
     def _step(self) -> None:
         running = self._running.sequences
-        remaining = [s.remaining for s in running]
-        decoding = remaining.count(1)
+        decoding = sum(s.remaining == 1 for s in running)
         drafts: Drafts[list[int]] = ()
         held: list[tuple[Sequence, int]] = []
         pieces: Drafts[Piece] = ()
@@ -111,16 +117,18 @@ class Loop:
         else:
             left = [Piece(s.stretch, s.computed) for s in running]
             step = self._pace.plan(left, urgent=any(s.awaited for s in running))
-            pieces = [piece for piece, whole in zip(step, left, strict=True) if whole.rows > 1]
+            both = list(zip(step, left, strict=True))
+            pieces = [piece for piece, whole in both if whole.rows > 1 and piece.rows]
+            decoding = sum(piece.rows == 1 == whole.rows for piece, whole in both)
+            alone = not pieces
             held = [(s, s.computed) for s in running]
             self._prefilling = frozenset(
                 s.job.attempt
-                for s, piece, whole in zip(running, step, left, strict=True)
+                for s, (piece, whole) in zip(running, both, strict=True)
                 if whole.rows > 1 and piece.rows
             )
-            rows, sampled = fill(self._batch, running, [piece.rows for piece in step], drafts)
-        # an idle prefill, with no row in this step, leaves it one of decoding alone
-        alone = alone or rows == decoding
+            counts = [piece.rows for piece in step]
+            rows, sampled = fill(self._batch, running, counts, drafts, self._tile)
         self._threads.choose(prefill=not alone)
         began = time.perf_counter()
         code = self._context.decode(self._batch, rows)
@@ -162,6 +170,7 @@ class Loop:
             slot = sequence.slot
             if slot is not None and slot.cached != computed:
                 slot.cached = computed
+                slot.wide = min(slot.wide, computed)
                 self._context.forget(slot.index, computed)
 
     def _decode_in_lanes(self) -> None:

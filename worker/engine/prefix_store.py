@@ -27,6 +27,8 @@ class Entry(msgspec.Struct, frozen=True, eq=False):
 
     tokens: list[int]
     state: NDArray[np.uint8]
+    wide: int = 0
+    """Of the tokens, the first ones, that were computed in whole tiles."""
 
 
 class Hit(msgspec.Struct, frozen=True):
@@ -80,7 +82,7 @@ class PrefixStore:
         self._used.move_to_end(id(found.entry))
         return True
 
-    def put(self, tokens: Tokens[int], state: NDArray[np.uint8]) -> bool:
+    def put(self, tokens: Tokens[int], state: NDArray[np.uint8], wide: int = 0) -> bool:
         """Keep a sequence in place of those that are prefixes of it, or its equal.
 
         False: the state is larger than all there is room for. Takes the state as its own: nobody
@@ -91,7 +93,7 @@ class PrefixStore:
             return False
         for shorter in self._prefixes(kept):
             self._drop(shorter)
-        entry = Entry(kept, state)
+        entry = Entry(kept, state, wide)
         while self.bytes + state.nbytes > self._limit:
             self._drop(next(iter(self._used.values())))
         node = self._root

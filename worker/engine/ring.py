@@ -105,6 +105,8 @@ class RingContext:
         self._embed = embed
         self._transport = transport
         self._group = group
+        # A sequence's rows are dealt to several passes here.
+        self.tile = 0
         self.lanes = others + 1
         self.latency = 0.0
         self._measured = 0.0

@@ -28,13 +28,14 @@ class Running:
         tally: Tally,
         *,
         prefix_memory: int,
+        tile: int = 0,
     ) -> None:
         self.sequences: list[Sequence] = []
         self._context = context
         self._speculator = speculator
         self._outbox = outbox
         self._tally = tally
-        self._slots = Slots(context.slots)
+        self._slots = Slots(context.slots, tile)
         self._prefixes = Prefixes(context, self._slots, prefix_memory)
         self._gap_steps = 0
 
@@ -54,7 +55,7 @@ class Running:
         # Who was looked at is next whoever comes: no more than may be running together.
         while waiting and len(self._slots.active) < slots and len(deferred) < slots:
             sequence = waiting.pop(time.monotonic())
-            placement = self._slots.place(sequence.tokens)
+            placement = self._slots.place(sequence.tokens, len(sequence.job.prompt))
             if placement is None:
                 deferred.append(sequence)
             else:
@@ -99,17 +100,17 @@ class Running:
 
     def _occupy(self, sequence: Sequence, placement: Placement) -> None:
         job = sequence.job
-        reuse = self._prefixes.bring(placement, sequence.tokens)
+        wished = placement.reuse
+        placement = self._prefixes.bring(placement, sequence.tokens, len(job.prompt))
         if self._speculator is not None:
             # What came from the store, the draft model does not have.
-            known = min(reuse, placement.reuse)
+            known = min(placement.reuse, wished)
             self._speculator.took(Placement(placement.slot, placement.source, known))
             sequence.drafting = self._speculator.begin(sequence.tokens, job.request.owner)
-        placement = Placement(placement.slot, placement.source, reuse)
         sequence.slot = self._slots.take(placement, sequence.tokens, len(job.prompt))
         if job.start():
             self._outbox.started(job.attempt)
-        reuse = min(reuse, len(job.prompt))
+        reuse = min(placement.reuse, len(job.prompt))
         job.cached = max(job.cached, reuse) if sequence is job.sequences[0] else job.cached
         self._tally.cached_tokens += reuse
         self._tally.prompt_tokens += len(job.prompt)

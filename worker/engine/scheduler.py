@@ -6,9 +6,10 @@ to the oldest, then to the shortest. The budget follows what steps of late took
 handling of a cancellation, by 80 ms, a long one by 0.4 s at most; and by 8 rows more where a prompt
 ends with them, which alone would cost a step of their own.
 
-A long prompt is computed fastest in pieces of `WIDE_ROWS` or more, which flash attention takes
-together. So it has every other step to itself where there are others, and gets a piece of that size
-if that stays within the bound.
+Where a row is rounded otherwise among many than among few (`Decoder.tile`), it is the prompt alone
+that says which it is to be among: of what is left of a prompt, whole tiles are computed in steps of
+their own, and the rest in pieces smaller than a tile. So neither the clock, nor company, nor how
+far a cache reached has an effect on a logit, nor on a token. Such steps take turns with all others.
 """
 
 import math
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 from worker.engine.step_time import StepTime
 
-__all__ = ("REPLAY_ROWS", "WIDE_ROWS", "Pace", "Piece", "plan", "stretch")
+__all__ = ("REPLAY_ROWS", "Pace", "Piece", "plan", "stretch", "tiled")
 
 STEP_SECONDS_BESIDE_DECODE = 0.08
 """What a step is to take in all while others decode: it bounds the gaps between their tokens, and
@@ -38,14 +39,10 @@ WORK_SHARE = 0.5
 pieces are dear: on the project's Xeon 8 rows behind 900 tokens take 50 ms, 64 take 190, so that in
 pieces of 8 prompts of 1,500 tokens beside four streams came faster than they were computed, and the
 streams were slower too (docs/benchmarks.md). What a short prompt adds to a few steps is little."""
-WIDE_ROWS = 64
-"""From so many rows of one sequence on, llama.cpp's flash attention works in tiles
-(`ggml_compute_forward_flash_attn_ext_f16`): behind 1,500 tokens 64 rows then take as long as 32.
-Where that takes too long, as with large models, pieces stay as small as other bounds want them."""
-LONG_PROMPT = 2 * WIDE_ROWS
-"""Tokens left of a prompt that takes turns with those beside it."""
 REPLAY_ROWS = 63
 """Rows of a resumed answer's own tokens that are computed together at most."""
+MOST_ROWS = 1 << 30
+"""More than any step has."""
 FIRST_PREFILL = 128
 """Rows of the first prefill, from which the speed is learnt."""
 
@@ -61,14 +58,27 @@ class Piece(NamedTuple):
 class Pace:
     """Prefill rows a step may hold, from measured times."""
 
-    def __init__(self, step_tokens: int) -> None:
+    def __init__(self, step_tokens: int, tile: int = 0, *, wide: bool = True) -> None:
+        """Know nothing yet of how long steps take.
+
+        Args:
+            step_tokens: rows a step may have at most.
+            tile: rows of a sequence from which on they are rounded otherwise; 0: they never are.
+            wide: compute whole tiles together; else nothing but pieces smaller than one.
+        """
         self._most = step_tokens
+        self._tile = tile
+        self._tiles = tile if wide and tile <= step_tokens else 0
+        self._narrow = tile - 1 if tile else step_tokens
+        """Rows of a sequence in a piece that is not of whole tiles."""
         self._small = StepTime()
-        """Of steps without a wide piece."""
+        """Of steps without whole tiles."""
         self._wide = StepTime()
-        """Of steps with one."""
-        self._others_turn = True
-        """Whether the last step was that of those beside a long prompt."""
+        """Of steps with them."""
+        self._wide_turn = True
+        """Whether the next step is one of tiles, where there are others to do."""
+        self._oldest_turn = True
+        """Whether the next step of tiles is the oldest prompt's, or the shortest one's."""
         self._decode = 0.0
         """Seconds of a step that only decodes, a moving average."""
 
@@ -83,14 +93,14 @@ class Pace:
         if prefill < LEAST_PREFILL // 2 or seconds <= 0:
             return
         depth = sum(piece.rows * piece.depth for piece in pieces) / prefill
-        wide = max(piece.rows for piece in pieces) >= WIDE_ROWS
+        wide = self._tiles and max(piece.rows for piece in pieces) >= self._tiles
         (self._wide if wide else self._small).add(prefill, depth, seconds)
 
     def plan(self, left: Sequence[Piece], *, urgent: bool = False) -> list[Piece]:
         """The next step: for each sequence, in the same order, the rows it has, or 0.
 
-        A long prompt beside others has every other step to itself, as far as prompts go: what is
-        computed with it would break its piece up, and the others would wait for it.
+        Either whole tiles of one prompt and nothing beside, which llama.cpp would compute as a row
+        of each and then what is left; or all others.
 
         Args:
             left: what is left of each sequence, by age: its `stretch`, 1 of those that decode.
@@ -101,16 +111,53 @@ class Pace:
         sizes = [piece.rows for piece in left]
         decoding = sizes.count(1)
         prefills = [i for i, size in enumerate(sizes) if size > 1]
-        long = next((i for i in prefills if sizes[i] >= LONG_PROMPT), None)
-        if long is not None and len(prefills) > 1 and not urgent:
-            self._others_turn = not self._others_turn
-            for i in prefills:
-                if (i == long) == self._others_turn:
-                    sizes[i] = 0
-        shown = [left[i] for i in prefills if sizes[i]]
         work = self._seconds(left[i] for i in prefills)
-        rows = plan(sizes, self.budget(decoding, shown, work=work, urgent=urgent))
+        tiled_ones = [i for i in prefills if tiled(sizes[i], self._tiles)]
+        if tiled_ones:
+            self._wide_turn = not self._wide_turn
+            if len(tiled_ones) == len(left) or not self._wide_turn:
+                return self._tiles_of(left, tiled_ones, decoding, work, urgent=urgent)
+        for i in tiled_ones:
+            sizes[i] = 0
+        shown = [left[i] for i in prefills if sizes[i]]
+        budget = self.budget(decoding, shown, work=work, urgent=urgent)
+        rows = plan(sizes, budget, self._narrow)
         return [Piece(count, piece.depth) for count, piece in zip(rows, left, strict=True)]
+
+    def _tiles_of(
+        self,
+        left: Sequence[Piece],
+        tiled_ones: Sequence[int],
+        decoding: int,
+        work: float,
+        *,
+        urgent: bool,
+    ) -> list[Piece]:
+        """A step of whole tiles of one of these prompts: of the oldest and the shortest by turns,
+        so that each gets on whatever comes.
+        """
+        chosen = tiled_ones[0]
+        if not self._oldest_turn:
+            chosen = min(tiled_ones, key=lambda i: left[i].rows)
+        self._oldest_turn = not self._oldest_turn
+        times = self._wide or self._small
+        rows = FIRST_PREFILL
+        if times:
+            rows = times.rows(self._time(decoding, work, urgent=urgent), left[chosen].depth)
+        most = min(max(rows, self._tiles), self._most, tiled(left[chosen].rows, self._tiles))
+        step = [Piece(0, piece.depth) for piece in left]
+        step[chosen] = Piece(most - most % self._tiles, left[chosen].depth)
+        return step
+
+    def _time(self, decoding: int, work: float, *, urgent: bool) -> float:
+        """Seconds that pieces of prompts may take in a step."""
+        if not decoding:
+            return STEP_SECONDS_ALONE
+        least = STEP_SECONDS_ALONE if urgent else STEP_SECONDS_BESIDE_DECODE
+        return max(
+            min(LONGEST_STEP_SECONDS, max(least, WORK_SHARE * work)) - self._decode,
+            min(self._decode, STEP_SECONDS_ALONE) * MOST_SLOWDOWN,
+        )
 
     def budget(
         self,
@@ -131,25 +178,13 @@ class Pace:
         times = self._small or self._wide
         if not times:
             return min(self._most, decoding + FIRST_PREFILL)
-        left = STEP_SECONDS_ALONE
-        if decoding:
-            least = STEP_SECONDS_ALONE if urgent else STEP_SECONDS_BESIDE_DECODE
-            left = max(
-                min(LONGEST_STEP_SECONDS, max(least, WORK_SHARE * work)) - self._decode,
-                min(self._decode, STEP_SECONDS_ALONE) * MOST_SLOWDOWN,
-            )
+        left = self._time(decoding, work, urgent=urgent)
         depth = sum(piece.depth for piece in prefills) / len(prefills) if prefills else 0.0
         rows = max(LEAST_PREFILL, times.rows(left, depth))
         # A short rest would cost the next step a pass of its own, and its slot a step.
         for whole in (sum(piece.rows for piece in prefills), *(p.rows for p in prefills[:1])):
             if rows < whole <= rows + LEAST_PREFILL:
                 rows = whole
-        # llama.cpp takes one row of every sequence first: what is left of a piece must be wide.
-        wide = WIDE_ROWS + (decoding > 0)
-        if rows < wide and prefills and prefills[0].rows >= wide:
-            bound = left if decoding else LONGEST_STEP_SECONDS
-            if (self._wide or self._small).of(wide, prefills[0].depth) <= bound:
-                rows = wide
         return min(self._most, decoding + rows)
 
     def _seconds(self, prefills: Iterable[Piece]) -> float:
@@ -160,6 +195,15 @@ class Pace:
 
 def _average(average: float, value: float) -> float:
     return 0.7 * average + 0.3 * value if average else value
+
+
+def tiled(left: int, tile: int) -> int:
+    """Of so many tokens that are left of a prompt, those to be computed in whole tiles.
+
+    The first ones; two at least are left over, for a row alone may be rounded in a way of its own.
+    As these are computed what is left of the rule stays the same.
+    """
+    return (left - 2) // tile * tile if tile and left > 2 else 0
 
 
 def stretch(cached: int, prompt_size: int, total: int) -> int:
@@ -186,15 +230,14 @@ def stretch(cached: int, prompt_size: int, total: int) -> int:
     return REPLAY_ROWS - 1 if left == REPLAY_ROWS + 1 else REPLAY_ROWS
 
 
-def plan(remaining: Sequence[int], budget: int) -> list[int]:
+def plan(remaining: Sequence[int], budget: int, most: int = MOST_ROWS) -> list[int]:
     """Rows for each sequence, given the `stretch` each has yet to compute, in order of age.
 
     A sequence with one token left is decoding and always gets its row, one with none gets nothing.
     Of what the budget leaves, the oldest prefill gets `OLDEST_SHARE`, so that it gets on whatever
-    comes, or a wide piece if it leaves one; then comes the shortest, so that a short
-    prompt does not wait for a long one, then the others by age: each number of rows that occurs
-    costs llama.cpp a pass of its own. The sum is at most
-    `max(budget, number of decoding sequences)`.
+    comes; then comes the shortest, so that a short prompt does not wait for a long one, then the
+    others by age: each number of rows that occurs costs llama.cpp a pass of its own. No sequence
+    gets more than `most`, and the sum is at most `max(budget, number of decoding sequences)`.
     """
     rows = [min(count, 1) for count in remaining]
     prefills = [i for i, count in enumerate(remaining) if count > 1]
@@ -204,14 +247,11 @@ def plan(remaining: Sequence[int], budget: int) -> list[int]:
     if not prefills:
         return rows
     oldest = prefills[0]
-    sure = math.ceil(left * OLDEST_SHARE)
-    if left >= WIDE_ROWS:
-        sure = max(sure, min(left, WIDE_ROWS + 1))
-    rows[oldest] = min(remaining[oldest], sure)
+    rows[oldest] = min(remaining[oldest], math.ceil(left * OLDEST_SHARE), most)
     left -= rows[oldest]
     shortest = min(prefills, key=lambda i: remaining[i])
     for i in (shortest, *prefills):
-        more = min(remaining[i] - rows[i], left)
+        more = min(remaining[i] - rows[i], left, most - rows[i])
         rows[i] += more
         left -= more
     for i in prefills:

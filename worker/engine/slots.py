@@ -10,7 +10,18 @@ from collections.abc import Sequence as Tokens
 
 import msgspec
 
-__all__ = ("LEAST_COPY", "TOKENS_A_GAP_STEP", "Placement", "Slot", "Slots", "common_prefix", "hole")
+from worker.engine.scheduler import tiled
+
+__all__ = (
+    "LEAST_COPY",
+    "TOKENS_A_GAP_STEP",
+    "Placement",
+    "Slot",
+    "Slots",
+    "common_prefix",
+    "hole",
+    "usable",
+)
 
 LEAST_COPY = 16
 """Tokens below which copying a prefix is not worth a call."""
@@ -30,12 +41,14 @@ _DEFER_GAIN = 32
 class Slot:
     """One stream of the KV cache: the tokens it is to hold, of which `cached` are computed."""
 
-    __slots__ = ("busy", "cached", "index", "prompt_size", "tokens", "used")
+    __slots__ = ("busy", "cached", "index", "prompt_size", "tokens", "used", "wide")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.tokens: list[int] = []
         self.cached = 0
+        self.wide = 0
+        """Of the cached tokens, the first ones, that were computed in whole tiles."""
         self.prompt_size = 0
         self.busy = False
         self.used = 0
@@ -48,6 +61,8 @@ class Placement(msgspec.Struct, frozen=True):
     slot: int
     source: int
     reuse: int
+    wide: int = 0
+    """Of these, the first ones, that were computed in whole tiles."""
 
 
 def common_prefix(left: Tokens[int], right: Tokens[int], limit: int) -> int:
@@ -68,6 +83,30 @@ def common_prefix(left: Tokens[int], right: Tokens[int], limit: int) -> int:
     return low
 
 
+def usable(reuse: int, wide: int, prompt_size: int, tile: int) -> tuple[int, int]:
+    """How much of a prefix that is there to begin with, so that all is as if computed anew.
+
+    Less than a tile is computed once more for that. Where it would be more, as behind an answer
+    whose tokens were computed one by one, the prefix is used as it is.
+
+    Args:
+        reuse: tokens that are there.
+        wide: the first ones, that were computed in whole tiles.
+        prompt_size: tokens of the prompt that is to be computed.
+        tile: rows of one; 0: how many are computed together makes no difference.
+
+    Returns:
+        Tokens to begin with, and how many of them were computed in whole tiles.
+    """
+    if not tile:
+        return reuse, 0
+    have, wanted = min(wide, reuse), tiled(prompt_size, tile)
+    if have == wanted:
+        return reuse, have
+    begin = min(have - have % tile, wanted)
+    return (begin, begin) if reuse - begin < tile else (reuse, have)
+
+
 def hole(active: Tokens[int]) -> tuple[int, int] | None:
     """(The highest busy slot, the lowest gap below it), or None if there is no gap."""
     if not active:
@@ -80,10 +119,11 @@ def hole(active: Tokens[int]) -> tuple[int, int] | None:
 
 
 class Slots:
-    """All slots of an engine."""
+    """All slots of an engine; `tile` as in `usable`."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, tile: int = 0) -> None:
         self.all = [Slot(index) for index in range(count)]
+        self.tile = tile
         self._tick = 0
 
     @property
@@ -91,8 +131,10 @@ class Slots:
         """Numbers of the busy slots, ascending."""
         return [slot.index for slot in self.all if slot.busy]
 
-    def place(self, prompt: list[int]) -> Placement | None:
+    def place(self, prompt: list[int], prompt_size: int | None = None) -> Placement | None:
         """Choose a slot for a prompt of at least one token; None: none is free, or it pays to wait.
+
+        Its first `prompt_size` tokens are the prompt itself; all of them unless said otherwise.
 
         At least two tokens are left to compute where there are two: a single row is rounded in
         another way than several (design, section 8), and the logits of the last are needed.
@@ -113,9 +155,13 @@ class Slots:
         if coming >= reuse + _DEFER_GAIN:
             return None
         target = self._target(idle, computed)
-        if target is source or computed[target.index] + LEAST_COPY > reuse:
-            return Placement(target.index, target.index, computed[target.index])
-        return Placement(target.index, source.index, reuse)
+        if computed[target.index] + LEAST_COPY > reuse:
+            source, reuse = target, computed[target.index]
+        size = len(prompt) if prompt_size is None else prompt_size
+        reuse, wide = usable(reuse, source.wide, size, self.tile)
+        if not reuse:
+            source = target
+        return Placement(target.index, source.index, reuse, wide)
 
     def _target(self, idle: list[Slot], computed: dict[int, int]) -> Slot:
         active = self.active
@@ -151,6 +197,7 @@ class Slots:
         slot = self.all[placement.slot]
         slot.tokens = list(tokens)
         slot.cached = placement.reuse
+        slot.wide = placement.wide
         slot.prompt_size = len(tokens) if prompt_size is None else prompt_size
         slot.busy = True
         self._touch(slot)
@@ -170,6 +217,7 @@ class Slots:
         old, new = self.all[source], self.all[target]
         old.tokens, new.tokens = new.tokens, old.tokens
         old.cached, new.cached = new.cached, old.cached
+        old.wide, new.wide = new.wide, old.wide
         old.prompt_size, new.prompt_size = new.prompt_size, old.prompt_size
         old.busy, new.busy = new.busy, old.busy
         old.used, new.used = new.used, old.used
