@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import structlog
+from hypothesis import HealthCheck, settings
 
 from shared.broker import Identity, NatsServer
 from shared.bus import Bus
@@ -18,6 +19,10 @@ Kind = Literal["router", "worker", "mesh"]
 _KINDS: tuple[Kind, ...] = ("router", "worker", "mesh")
 _numbers = itertools.count(1)
 _SYSTEMS = {"e2e", "chaos"}
+
+# Its bounds on time say how busy the machine is, and nothing of the code.
+settings.register_profile("mesh", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("mesh")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
