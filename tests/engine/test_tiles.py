@@ -18,7 +18,7 @@ from worker.engine.batch import Batch
 from worker.engine.llama import FLASH_ATTENTION_TILE, Context, Model
 from worker.engine.scheduler import tiled
 
-pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.model
 
 SIZE = 200
 TOKENS = [random.Random(1).randrange(1_000, 40_000) for _ in range(1_000)]
@@ -113,6 +113,7 @@ def asked(number: int, **fields):
     )
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_long_prompts_answer_is_the_same_cold_cached_in_company_and_resumed(
     engines,
 ) -> None:
