@@ -21,6 +21,8 @@ class Decoder(Protocol):
     tile: int
     """Rows of one sequence that, computed together, are rounded otherwise than fewer; 0: no number
     of rows is."""
+    together: int
+    """Rows of one sequence that can be computed together at most."""
     latency: float
     """Seconds that a step takes whatever is in it: the way round to other hosts."""
 

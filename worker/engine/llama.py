@@ -232,6 +232,7 @@ class Context:
         cpu = self._may_interrupt and not model.gpu_layers
         flash = params.flash_attn_type == FLASH_ATTENTION_ON
         self.tile = FLASH_ATTENTION_TILE if cpu and flash else 0
+        self.together = int(params.n_batch)
         self.slots = slots
         self.lanes = 1
         self.latency = 0.0

@@ -62,7 +62,8 @@ class Loop:
         self._speculator = speculator
         self._tally = Tally()
         tile = context.tile
-        wide = tile * calibration.prefill_row_seconds <= _LONGEST_TILE
+        seconds = tile * calibration.prefill_row_seconds
+        wide = tile <= context.together and seconds <= _LONGEST_TILE
         self._tile = tile if wide else 0
         self._running = Running(
             context, speculator, outbox, self._tally, prefix_memory=prefix_memory, tile=self._tile
