@@ -41,7 +41,7 @@ TELLS: dict[Kind, str] = {
     "in prefill": "streaming, before the first token of a long prompt",
     "taken over": "streaming, the next request already waits: until its first token",
 }
-PATIENCE = 10.0
+PATIENCE = 60.0
 WORDS = ("river", "stone", "market", "engine", "garden", "window", "letter", "system", "bridge")
 PREFILL_WORDS = 1200
 """Of the prompt in whose prefill a client leaves: some 1,300 tokens."""
@@ -72,7 +72,7 @@ class Observer:
         """Return when it happened.
 
         Raises:
-            TimeoutError: it did not happen within ten seconds.
+            TimeoutError: it did not happen within a minute.
         """
         key = (request, what)
         if key not in self._seen:
