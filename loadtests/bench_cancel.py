@@ -42,6 +42,9 @@ TELLS: dict[Kind, str] = {
     "taken over": "streaming, the next request already waits: until its first token",
 }
 PATIENCE = 10.0
+"""Seconds after which what is measured has failed."""
+SETTLING = 60.0
+"""Seconds that a client's first tokens may take: beside 200 streams a step takes more than one."""
 WORDS = ("river", "stone", "market", "engine", "garden", "window", "letter", "system", "bridge")
 PREFILL_WORDS = 1200
 """Of the prompt in whose prefill a client leaves: some 1,300 tokens."""
@@ -120,7 +123,7 @@ class Visitor:
             RuntimeError: the answer ended before.
             TimeoutError: they did not come.
         """
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(SETTLING):
             while True:
                 reader = self._connection.reader
                 if reader is None:

@@ -27,6 +27,7 @@ from cyclopts.validators import Number
 
 from loadtests.figures import markdown
 from loadtests.http_client import Target
+from loadtests.metric_sums import metric_sums
 from loadtests.mixed_requests import MixedLoad
 from loadtests.procfs import descendants, name_of, raise_open_files
 from loadtests.stack import Stack, smollm2_q4_0
@@ -46,6 +47,9 @@ __all__ = (
 now = time.monotonic
 
 JUDGED = ("router", "agent", "engine", "nats")
+Field = Literal["rss", "anonymous", "descriptors", "threads", "tasks"]
+BYTES: tuple[Field, ...] = ("rss", "anonymous")
+COUNTS: tuple[Field, ...] = ("descriptors", "threads", "tasks")
 SHARE = 0.03
 LEAST_SAMPLES = 3
 """Through how many a line is fitted at least."""
@@ -94,7 +98,7 @@ class Growth(msgspec.Struct, frozen=True):
     """How one figure of one process grew from `first` on, by the fitted line."""
 
     process: str
-    field: Literal["rss", "anonymous", "descriptors", "threads", "tasks"]
+    field: Field
     first: int
     grown: float
 
@@ -110,7 +114,7 @@ class Growth(msgspec.Struct, frozen=True):
 
     @property
     def _bytes(self) -> bool:
-        return self.field in ("rss", "anonymous")
+        return self.field in BYTES
 
     def __str__(self) -> str:
         if not self._bytes:
@@ -158,11 +162,8 @@ def growths(samples: Sequence[Sample], after: int) -> list[Growth]:
     at = [sample.requests for sample in later]
     found = []
     for process in JUDGED:
-        for field in ("rss", "anonymous", "descriptors", "threads", "tasks"):
-            kept = [
-                sample.memory[process] if field in ("rss", "anonymous") else sample.open[process]
-                for sample in later
-            ]
+        for field in (*BYTES, *COUNTS):
+            kept = [(s.memory if field in BYTES else s.open)[process] for s in later]
             values = [getattr(one, field) for one in kept]
             if not any(values):
                 continue
@@ -248,11 +249,11 @@ async def soak(
 async def _tasks(url: str) -> dict[str, int]:
     """Tasks of the event loops."""
     async with httpx.AsyncClient(timeout=10, trust_env=False) as client:
-        text = (await client.get(url)).text
-    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        metrics = metric_sums((await client.get(url)).text)
+    # There is one worker.
     return {
-        "router": int(float(lines["mesh_router_tasks"])),
-        "agent": int(float(lines['mesh_worker_tasks{worker="worker-1"}'])),
+        "router": int(metrics["mesh_router_tasks"]),
+        "agent": int(metrics["mesh_worker_tasks"]),
     }
 
 

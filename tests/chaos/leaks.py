@@ -6,8 +6,8 @@ from typing import Any
 import httpx
 import psutil
 from fleet import ROUTERS, WORKERS, Fleet
-from prometheus_client.parser import text_string_to_metric_families
 
+from loadtests.metric_sums import metric_sums
 from shared.broker import NatsServer
 
 __all__ = ("held", "more")
@@ -35,7 +35,7 @@ async def held(fleet: Fleet[NatsServer], monitor: str) -> dict[str, int]:
     async with httpx.AsyncClient(timeout=10, trust_env=False) as client:
         for name in ROUTERS:
             url = f"{fleet.url(name).removesuffix('/v1')}/metrics"
-            metrics = _metrics((await client.get(url)).text)
+            metrics = metric_sums((await client.get(url)).text)
             found[f"tasks of {name}"] = int(metrics["mesh_router_tasks"])
             found[f"in flight at {name}"] = int(metrics.get("mesh_router_in_flight", 0))
         subscriptions: dict[str, Any] = (await client.get(f"{monitor}/subsz")).json()
@@ -57,12 +57,3 @@ def _descriptors(process: psutil.Process) -> int:
         return process.num_fds()
     except psutil.NoSuchProcess:
         return 0
-
-
-def _metrics(text: str) -> dict[str, float]:
-    """Values by name, summed over labels."""
-    found: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            found[sample.name] = found.get(sample.name, 0.0) + sample.value
-    return found

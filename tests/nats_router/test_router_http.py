@@ -9,6 +9,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from loadtests.metric_sums import metric_sums
 from router.owner import owner_of
 from shared.protocol import TokenLogprob, ToolDelta, encode
 
@@ -374,6 +375,18 @@ async def test_metrics_count_by_served_names_only(router, http, start_worker, ch
     assert value("time_to_first_token_seconds_count", model=unique) == 2
     assert value("in_flight", model=unique) == 0
     assert "made-up" not in text
+
+
+async def test_metrics_tell_tasks_and_what_the_process_holds(router, http, start_worker, chat):
+    await start_worker()
+    await http.post(f"{router.url}{CHAT}", json=chat())
+
+    found = metric_sums((await http.get(f"{router.url}/metrics")).text)
+
+    assert found["mesh_router_tasks"] >= 1
+    assert "mesh_worker_tasks" in found
+    assert found["process_open_fds"] > 3
+    assert found["process_resident_memory_bytes"] > 1e6
 
 
 async def test_accepted_sockets_do_not_delay_small_packets(router, http, start_worker, chat):
