@@ -16,7 +16,7 @@ from loadtests.stack import smollm2_q4_0
 from shared.protocol import ChatInput, Message, Resumed, Sampling
 from worker.engine.batch import Batch
 from worker.engine.llama import FLASH_ATTENTION_TILE, Context, Model
-from worker.engine.scheduler import tiled
+from worker.engine.tiles import tiled
 
 pytestmark = pytest.mark.model
 
@@ -129,6 +129,28 @@ async def test_a_long_prompts_answer_is_the_same_cold_cached_in_company_and_resu
     for number, tokens in enumerate(alone):
         wanted = asked(number, resume=(Resumed(tokens=tuple(tokens[:17])),))
         assert tokens_of(await frames_of(first, wanted)) == tokens[17:]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_turns_of_a_conversation_are_the_same_cached_and_cold(engines, file) -> None:
+    talk = [Message("system", RULES + " Be kind.")]
+    prompt = 0
+    for turn in range(4):
+        # Messages of less than a tile and of more.
+        talk.append(Message("user", f"Tell me of {turn} things. " + RULES * (turn % 2)))
+        fields = {"input": ChatInput(tuple(talk)), "max_tokens": 30, "sampling": Sampling(seed=7)}
+        cached = await frames_of(engines[0], request(**fields))
+        cold = EngineDriver(str(file), slots=1, context=1024, threads=1)
+        await cold.start()
+        try:
+            assert tokens_of(await frames_of(cold, request(**fields))) == tokens_of(cached), turn
+        finally:
+            await cold.stop()
+        if turn:
+            # What was computed for the last turn is all used.
+            assert cached[-1].usage.cached == prompt
+        prompt = cached[-1].usage.prompt
+        talk.append(Message("assistant", "Many of them, and all are well."))
 
 
 def test_the_prompts_of_these_tests_have_whole_tiles() -> None:

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from worker.engine.scheduler import tiled
-from worker.engine.slots import LEAST_COPY, Placement, Slot, Slots, common_prefix, hole, usable
+from worker.engine.slots import LEAST_COPY, Placement, Slot, Slots, common_prefix, hole
+from worker.engine.tiles import Tiles
 
 tokens = st.lists(st.integers(0, 3), max_size=80)
 
@@ -48,66 +48,12 @@ def test_a_conversation_that_goes_on_displaces_nothing():
     assert slots.displaced(slots.place(new), new) == other.tokens
 
 
-TILE = 8
-
-
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 60), st.integers(2, 60), st.integers(0, 30)),
-        min_size=1,
-        max_size=12,
-    )
-)
-def test_a_reused_prefix_is_as_if_computed_anew_but_where_that_would_be_dear(asked):
-    """Each has so many tokens in common with the first, so many of its own, and an answer."""
-    slots = Slots(2, TILE)
-    in_tiles: list[list[bool]] = [[], []]
-    for number, (common, own, answer) in enumerate(asked, start=1):
-        prompt = [*range(common), *range(1000 * number, 1000 * number + own)]
-        placement = slots.place(prompt)
-        assert placement is not None
-        assert placement.reuse <= len(prompt) - 2
-        slot = slots.take(placement, prompt)
-        there = in_tiles[placement.source][: placement.reuse]
-        assert all(there[: placement.wide])
-        begin, size = placement.reuse, len(prompt)
-        tiles = tiled(size - begin, TILE)
-        whole = tiled(size, TILE)
-        anew = [index < whole for index in range(size)]
-        if there == anew[:begin]:
-            assert [*there, *[True] * tiles, *[False] * (size - begin - tiles)] == anew
-        else:
-            same = common_prefix(there, anew, begin)
-            assert begin - same // TILE * TILE >= TILE
-        in_tiles[slot.index] = [*there, *[True] * tiles, *[False] * (size - begin - tiles)]
-        if slot.wide == begin:
-            slot.wide += tiles
-        # An answer's tokens are computed one by one.
-        slot.tokens += range(-answer, 0)
-        slot.cached = len(slot.tokens)
-        in_tiles[slot.index] += [False] * answer
-        slots.release(slot)
-
-
-def test_less_than_a_tile_is_computed_once_more():
-    # A common beginning of 1,500 tokens, then questions; 64 rows a tile.
-    assert usable(1500, 1472, 1530, 64) == (1500, 1472)
-    assert usable(1500, 1472, 1540, 64) == (1472, 1472)
-    assert usable(1500, 1536, 1530, 64) == (1472, 1472)
-    # The whole prompt is there.
-    assert usable(198, 192, 200, 64) == (198, 192)
-    # Behind the prompt lies an answer of 100 tokens, and the conversation goes on.
-    assert usable(300, 192, 360, 64) == (300, 192)
-    assert usable(300, 192, 360, 0) == (300, 0)
-
-
 def test_what_is_known_of_tiles_moves_with_the_tokens():
-    slots = Slots(2, 64)
-    slot = slots.take(Placement(0, 0, 0), list(range(200)))
-    slot.cached, slot.wide = 200, 192
+    slots = Slots(2, Tiles(64))
+    slots.take(Placement(0, 0, 0, ((0, 192),)), list(range(200)))
 
-    assert slots.swap(0, 1).wide == 192
-    assert slots.all[0].wide == 0
+    assert slots.swap(0, 1).spans == ((0, 192),)
+    assert slots.all[0].spans == ()
 
 
 @given(st.sets(st.integers(0, 31)))

@@ -46,7 +46,6 @@ def fill(
     running: Several[Sequence],
     rows_of: Several[int],
     drafts: Several[list[int]],
-    tile: int = 0,
 ) -> tuple[int, list[Sampled]]:
     """So many rows of each sequence, with its draft behind the last.
 
@@ -55,7 +54,6 @@ def fill(
         running: in any order.
         rows_of: by sequence.
         drafts: by sequence; empty: there are none.
-        tile: rows of one, see `Decoder.tile`; 0: there are none.
 
     Returns:
         Rows in all, and the sequences that have logits.
@@ -75,6 +73,4 @@ def fill(
             batch.output[row - 1 - len(draft) : row] = 1
             sampled.append(Sampled(sequence, draft, end))
         slot.cached = end
-        if tile and rows_of[i] >= tile and slot.wide == start:
-            slot.wide = end
     return row, sampled

@@ -27,6 +27,7 @@ from worker.engine.speculation.candidates import Candidate
 from worker.engine.speculation.speculator import Speculator
 from worker.engine.tally import Tally
 from worker.engine.threads import Threads
+from worker.engine.tiles import Tiles
 from worker.link import CancelAttempts, EngineStats
 
 __all__ = ("Loop",)
@@ -63,14 +64,18 @@ class Loop:
         self._tally = Tally()
         tile = context.tile
         seconds = tile * calibration.prefill_row_seconds
-        wide = tile <= context.together and seconds <= _LONGEST_TILE
-        self._tile = tile if wide else 0
+        wide = tile <= min(context.together, step_tokens) and seconds <= _LONGEST_TILE
         self._running = Running(
-            context, speculator, outbox, self._tally, prefix_memory=prefix_memory, tile=self._tile
+            context,
+            speculator,
+            outbox,
+            self._tally,
+            prefix_memory=prefix_memory,
+            tiles=Tiles(tile if wide else 0),
         )
         self._jobs = Jobs(intake, outbox, embedder, self._running)
         self._threads = Threads(context, calibration, speculator)
-        self._pace = Pace(step_tokens, tile, wide=wide)
+        self._pace = Pace(step_tokens, tile)
         self._prefilling: frozenset[int] = frozenset()
         """Attempts whose prompts are computed in the step that runs."""
         self._interrupting = threading.Lock()
@@ -116,7 +121,7 @@ class Loop:
         if alone and not speculating:
             rows, sampled = fill_decoding(self._batch, running)
         else:
-            left = [Piece(s.stretch, s.computed) for s in running]
+            left = [s.left for s in running]
             step = self._pace.plan(left, urgent=any(s.awaited for s in running))
             both = list(zip(step, left, strict=True))
             pieces = [piece for piece, whole in both if whole.rows > 1 and piece.rows]
@@ -129,7 +134,7 @@ class Loop:
                 if whole.rows > 1 and piece.rows
             )
             counts = [piece.rows for piece in step]
-            rows, sampled = fill(self._batch, running, counts, drafts, self._tile)
+            rows, sampled = fill(self._batch, running, counts, drafts)
         self._threads.choose(prefill=not alone)
         began = time.perf_counter()
         code = self._context.decode(self._batch, rows)
@@ -171,7 +176,6 @@ class Loop:
             slot = sequence.slot
             if slot is not None and slot.cached != computed:
                 slot.cached = computed
-                slot.wide = min(slot.wide, computed)
                 self._context.forget(slot.index, computed)
 
     def _decode_in_lanes(self) -> None:

@@ -6,7 +6,8 @@ host memory goes what a slot held when it is given to another conversation.
 
 from worker.engine.decoder import Decoder
 from worker.engine.prefix_store import PrefixStore
-from worker.engine.slots import LEAST_COPY, Placement, Slots, usable
+from worker.engine.slots import LEAST_COPY, Placement, Slots
+from worker.engine.tiles import Spans, cut
 
 __all__ = ("Prefixes",)
 
@@ -19,9 +20,7 @@ class Prefixes:
         self._slots = slots
         self._store = PrefixStore(memory) if memory else None
 
-    def bring(
-        self, placement: Placement, prompt: list[int], prompt_size: int | None = None
-    ) -> Placement:
+    def bring(self, placement: Placement, prompt: list[int], spans: Spans = ()) -> Placement:
         """Fill a placement's slot with as much of the prompt as there is; returns what is there.
 
         To be called before the slot is taken.
@@ -29,11 +28,10 @@ class Prefixes:
         Args:
             placement: for the prompt.
             prompt: all that is to be computed.
-            prompt_size: its first tokens, that are the prompt itself; None: all.
+            spans: what of it is to be computed in whole tiles.
         """
         context, slot = self._context, placement.slot
-        reuse, wide = placement.reuse, placement.wide
-        size = len(prompt) if prompt_size is None else prompt_size
+        reuse, mixed = placement.reuse, placement.spans
         kept = None
         if self._store is not None:
             # Found first: it may be the very one that makes way for what is spilled.
@@ -42,7 +40,7 @@ class Prefixes:
         if kept is not None:
             # As from another slot, two tokens at least are left to compute.
             there = min(kept.shared, len(prompt) - 2)
-            reuse, wide = usable(there, kept.entry.wide, size, self._slots.tile)
+            reuse, mixed = self._slots.tiles.reuse(there, kept.entry.spans, spans)
             if not context.restore(slot, kept.entry.state):
                 reuse = 0
         elif placement.source != slot and not context.copy(placement.source, slot):
@@ -51,7 +49,7 @@ class Prefixes:
             # recurrent models cannot be cut in the middle
             context.forget(slot)
             reuse = 0
-        return Placement(slot, placement.source, reuse, min(wide, reuse))
+        return Placement(slot, placement.source, reuse, mixed if reuse else spans)
 
     def _spill(self, store: PrefixStore, placement: Placement, prompt: list[int]) -> None:
         """Keep what the slot holds of a retired sequence, if it is about to be lost."""
@@ -59,4 +57,4 @@ class Prefixes:
         if lost and not store.covers(lost):
             state = self._context.save(placement.slot)
             if state is not None:
-                store.put(lost, state, self._slots.all[placement.slot].wide)
+                store.put(lost, state, cut(self._slots.all[placement.slot].spans, len(lost)))

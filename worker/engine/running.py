@@ -11,6 +11,7 @@ from worker.engine.sequence import Sequence
 from worker.engine.slots import TOKENS_A_GAP_STEP, Placement, Slots, hole
 from worker.engine.speculation.speculator import Speculator
 from worker.engine.tally import Tally
+from worker.engine.tiles import Tiles
 
 __all__ = ("Running",)
 
@@ -28,14 +29,14 @@ class Running:
         tally: Tally,
         *,
         prefix_memory: int,
-        tile: int = 0,
+        tiles: Tiles,
     ) -> None:
         self.sequences: list[Sequence] = []
         self._context = context
         self._speculator = speculator
         self._outbox = outbox
         self._tally = tally
-        self._slots = Slots(context.slots, tile)
+        self._slots = Slots(context.slots, tiles)
         self._prefixes = Prefixes(context, self._slots, prefix_memory)
         self._gap_steps = 0
 
@@ -55,7 +56,10 @@ class Running:
         # Who was looked at is next whoever comes: no more than may be running together.
         while waiting and len(self._slots.active) < slots and len(deferred) < slots:
             sequence = waiting.pop(time.monotonic())
-            placement = self._slots.place(sequence.tokens, len(sequence.job.prompt))
+            job = sequence.job
+            if job.spans is None:
+                job.spans = self._slots.tiles.of(job.prompt, job.end_tokens)
+            placement = self._slots.place(sequence.tokens, job.spans)
             if placement is None:
                 deferred.append(sequence)
             else:
@@ -101,7 +105,7 @@ class Running:
     def _occupy(self, sequence: Sequence, placement: Placement) -> None:
         job = sequence.job
         wished = placement.reuse
-        placement = self._prefixes.bring(placement, sequence.tokens, len(job.prompt))
+        placement = self._prefixes.bring(placement, sequence.tokens, job.spans or ())
         if self._speculator is not None:
             # What came from the store, the draft model does not have.
             known = min(placement.reuse, wished)

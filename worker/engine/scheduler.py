@@ -6,10 +6,8 @@ to the oldest, then to the shortest. The budget follows what steps of late took
 handling of a cancellation, by 80 ms, a long one by 0.4 s at most; and by 8 rows more where a prompt
 ends with them, which alone would cost a step of their own.
 
-Where a row is rounded otherwise among many than among few (`Decoder.tile`), it is the prompt alone
-that says which it is to be among: of what is left of a prompt, whole tiles are computed in steps of
-their own, and the rest in pieces smaller than a tile. So neither the clock, nor company, nor how
-far a cache reached has an effect on a logit, nor on a token. Such steps take turns with all others.
+What of a prompt is to be computed in whole tiles (`tiles.py`) has steps of its own, which take
+turns with all others.
 """
 
 import math
@@ -18,7 +16,7 @@ from typing import NamedTuple
 
 from worker.engine.step_time import StepTime
 
-__all__ = ("REPLAY_ROWS", "Pace", "Piece", "plan", "stretch", "tiled")
+__all__ = ("REPLAY_ROWS", "Left", "Pace", "Piece", "plan", "stretch")
 
 STEP_SECONDS_BESIDE_DECODE = 0.08
 """What a step is to take in all while others decode: it bounds the gaps between their tokens, and
@@ -55,20 +53,31 @@ class Piece(NamedTuple):
     """Tokens of its sequence that are computed before."""
 
 
+class Left(NamedTuple):
+    """What is left of a sequence."""
+
+    rows: int
+    """Its `stretch`; 1: it decodes."""
+    depth: int
+    """Tokens of it that are computed."""
+    next: int
+    """Of the rows, the first ones, that are all to be computed in the same way."""
+    wide: bool = False
+    """Those are whole tiles."""
+
+
 class Pace:
     """Prefill rows a step may hold, from measured times."""
 
-    def __init__(self, step_tokens: int, tile: int = 0, *, wide: bool = True) -> None:
+    def __init__(self, step_tokens: int, tile: int = 0) -> None:
         """Know nothing yet of how long steps take.
 
         Args:
             step_tokens: rows a step may have at most.
             tile: rows of a sequence from which on they are rounded otherwise; 0: they never are.
-            wide: compute whole tiles together; else nothing but pieces smaller than one.
         """
         self._most = step_tokens
         self._tile = tile
-        self._tiles = tile if wide and tile <= step_tokens else 0
         self._narrow = tile - 1 if tile else step_tokens
         """Rows of a sequence in a piece that is not of whole tiles."""
         self._small = StepTime()
@@ -93,41 +102,38 @@ class Pace:
         if prefill < LEAST_PREFILL // 2 or seconds <= 0:
             return
         depth = sum(piece.rows * piece.depth for piece in pieces) / prefill
-        wide = self._tiles and max(piece.rows for piece in pieces) >= self._tiles
+        wide = self._tile and max(piece.rows for piece in pieces) >= self._tile
         (self._wide if wide else self._small).add(prefill, depth, seconds)
 
-    def plan(self, left: Sequence[Piece], *, urgent: bool = False) -> list[Piece]:
+    def plan(self, left: Sequence[Left], *, urgent: bool = False) -> list[Piece]:
         """The next step: for each sequence, in the same order, the rows it has, or 0.
 
         Either whole tiles of one prompt and nothing beside, which llama.cpp would compute as a row
         of each and then what is left; or all others.
 
         Args:
-            left: what is left of each sequence, by age: its `stretch`, 1 of those that decode.
+            left: of each sequence, by age.
             urgent: somebody reads an answer that goes on only when its prefill is done. For him the
                 others' tokens come as far apart as prefill steps without decoding are: a few of
                 them, since what is computed together is computed faster.
         """
-        sizes = [piece.rows for piece in left]
-        decoding = sizes.count(1)
-        prefills = [i for i, size in enumerate(sizes) if size > 1]
-        work = self._seconds(left[i] for i in prefills)
-        tiled_ones = [i for i in prefills if tiled(sizes[i], self._tiles)]
-        if tiled_ones:
+        prefills = [one for one in left if one.rows > 1]
+        decoding = len(left) - len(prefills)
+        work = self._seconds(prefills)
+        tiled = [i for i, one in enumerate(left) if one.wide]
+        if tiled:
             self._wide_turn = not self._wide_turn
-            if len(tiled_ones) == len(left) or not self._wide_turn:
-                return self._tiles_of(left, tiled_ones, decoding, work, urgent=urgent)
-        for i in tiled_ones:
-            sizes[i] = 0
-        shown = [left[i] for i in prefills if sizes[i]]
+            if len(tiled) == len(left) or not self._wide_turn:
+                return self._tiles_of(left, tiled, decoding, work, urgent=urgent)
+        shown = [Piece(one.next, one.depth) for one in prefills if not one.wide]
         budget = self.budget(decoding, shown, work=work, urgent=urgent)
-        rows = plan(sizes, budget, self._narrow)
-        return [Piece(count, piece.depth) for count, piece in zip(rows, left, strict=True)]
+        rows = plan([0 if one.wide else one.next for one in left], budget, self._narrow)
+        return [Piece(count, one.depth) for count, one in zip(rows, left, strict=True)]
 
     def _tiles_of(
         self,
-        left: Sequence[Piece],
-        tiled_ones: Sequence[int],
+        left: Sequence[Left],
+        tiled: Sequence[int],
         decoding: int,
         work: float,
         *,
@@ -136,9 +142,9 @@ class Pace:
         """A step of whole tiles of one of these prompts: of the oldest and the shortest by turns,
         so that each gets on whatever comes.
         """
-        chosen = tiled_ones[0]
+        chosen = tiled[0]
         if not self._oldest_turn:
-            chosen = min(tiled_ones, key=lambda i: left[i].rows)
+            chosen = min(tiled, key=lambda i: left[i].rows)
         self._oldest_turn = not self._oldest_turn
         times = self._wide or self._small
         rows = FIRST_PREFILL
@@ -147,9 +153,9 @@ class Pace:
             alone = len(left) == 1
             bound = LONGEST_STEP_SECONDS if alone else self._time(decoding, work, urgent=urgent)
             rows = times.rows(bound, left[chosen].depth)
-        most = min(max(rows, self._tiles), self._most, tiled(left[chosen].rows, self._tiles))
-        step = [Piece(0, piece.depth) for piece in left]
-        step[chosen] = Piece(most - most % self._tiles, left[chosen].depth)
+        most = min(max(rows, self._tile), self._most, left[chosen].next)
+        step = [Piece(0, one.depth) for one in left]
+        step[chosen] = Piece(most - most % self._tile, left[chosen].depth)
         return step
 
     def _time(self, decoding: int, work: float, *, urgent: bool) -> float:
@@ -190,23 +196,14 @@ class Pace:
                 rows = whole
         return min(self._most, decoding + rows)
 
-    def _seconds(self, prefills: Iterable[Piece]) -> float:
+    def _seconds(self, prefills: Iterable[Left]) -> float:
         """What these would take at once."""
         times = self._small or self._wide
-        return sum(times.of(rows, depth + rows / 2) for rows, depth in prefills)
+        return sum(times.of(one.rows, one.depth + one.rows / 2) for one in prefills)
 
 
 def _average(average: float, value: float) -> float:
     return 0.7 * average + 0.3 * value if average else value
-
-
-def tiled(left: int, tile: int) -> int:
-    """Of so many tokens that are left of a prompt, those to be computed in whole tiles.
-
-    The first ones; two at least are left over, for a row alone may be rounded in a way of its own.
-    As these are computed what is left of the rule stays the same.
-    """
-    return (left - 2) // tile * tile if tile and left > 2 else 0
 
 
 def stretch(cached: int, prompt_size: int, total: int) -> int:

@@ -10,18 +10,9 @@ from collections.abc import Sequence as Tokens
 
 import msgspec
 
-from worker.engine.scheduler import tiled
+from worker.engine.tiles import Spans, Tiles
 
-__all__ = (
-    "LEAST_COPY",
-    "TOKENS_A_GAP_STEP",
-    "Placement",
-    "Slot",
-    "Slots",
-    "common_prefix",
-    "hole",
-    "usable",
-)
+__all__ = ("LEAST_COPY", "TOKENS_A_GAP_STEP", "Placement", "Slot", "Slots", "common_prefix", "hole")
 
 LEAST_COPY = 16
 """Tokens below which copying a prefix is not worth a call."""
@@ -41,14 +32,14 @@ _DEFER_GAIN = 32
 class Slot:
     """One stream of the KV cache: the tokens it is to hold, of which `cached` are computed."""
 
-    __slots__ = ("busy", "cached", "index", "prompt_size", "tokens", "used", "wide")
+    __slots__ = ("busy", "cached", "index", "prompt_size", "spans", "tokens", "used")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.tokens: list[int] = []
         self.cached = 0
-        self.wide = 0
-        """Of the cached tokens, the first ones, that were computed in whole tiles."""
+        self.spans: Spans = ()
+        """Which of them are computed in whole tiles."""
         self.prompt_size = 0
         self.busy = False
         self.used = 0
@@ -61,8 +52,8 @@ class Placement(msgspec.Struct, frozen=True):
     slot: int
     source: int
     reuse: int
-    wide: int = 0
-    """Of these, the first ones, that were computed in whole tiles."""
+    spans: Spans = ()
+    """Which tokens of the sequence were or will be computed in whole tiles."""
 
 
 def common_prefix(left: Tokens[int], right: Tokens[int], limit: int) -> int:
@@ -83,30 +74,6 @@ def common_prefix(left: Tokens[int], right: Tokens[int], limit: int) -> int:
     return low
 
 
-def usable(reuse: int, wide: int, prompt_size: int, tile: int) -> tuple[int, int]:
-    """How much of a prefix that is there to begin with, so that all is as if computed anew.
-
-    Less than a tile is computed once more for that. Where it would be more, as behind an answer
-    whose tokens were computed one by one, the prefix is used as it is.
-
-    Args:
-        reuse: tokens that are there.
-        wide: the first ones, that were computed in whole tiles.
-        prompt_size: tokens of the prompt that is to be computed.
-        tile: rows of one; 0: how many are computed together makes no difference.
-
-    Returns:
-        Tokens to begin with, and how many of them were computed in whole tiles.
-    """
-    if not tile:
-        return reuse, 0
-    have, wanted = min(wide, reuse), tiled(prompt_size, tile)
-    if have == wanted:
-        return reuse, have
-    begin = min(have - have % tile, wanted)
-    return (begin, begin) if reuse - begin < tile else (reuse, have)
-
-
 def hole(active: Tokens[int]) -> tuple[int, int] | None:
     """(The highest busy slot, the lowest gap below it), or None if there is no gap."""
     if not active:
@@ -119,11 +86,11 @@ def hole(active: Tokens[int]) -> tuple[int, int] | None:
 
 
 class Slots:
-    """All slots of an engine; `tile` as in `usable`."""
+    """All slots of an engine, and the rule by which their prompts are computed in tiles."""
 
-    def __init__(self, count: int, tile: int = 0) -> None:
+    def __init__(self, count: int, tiles: Tiles | None = None) -> None:
         self.all = [Slot(index) for index in range(count)]
-        self.tile = tile
+        self.tiles = Tiles() if tiles is None else tiles
         self._tick = 0
 
     @property
@@ -131,10 +98,10 @@ class Slots:
         """Numbers of the busy slots, ascending."""
         return [slot.index for slot in self.all if slot.busy]
 
-    def place(self, prompt: list[int], prompt_size: int | None = None) -> Placement | None:
+    def place(self, prompt: list[int], spans: Spans = ()) -> Placement | None:
         """Choose a slot for a prompt of at least one token; None: none is free, or it pays to wait.
 
-        Its first `prompt_size` tokens are the prompt itself; all of them unless said otherwise.
+        Its `spans` are to be computed in whole tiles.
 
         At least two tokens are left to compute where there are two: a single row is rounded in
         another way than several (design, section 8), and the logits of the last are needed.
@@ -157,11 +124,10 @@ class Slots:
         target = self._target(idle, computed)
         if computed[target.index] + LEAST_COPY > reuse:
             source, reuse = target, computed[target.index]
-        size = len(prompt) if prompt_size is None else prompt_size
-        reuse, wide = usable(reuse, source.wide, size, self.tile)
+        reuse, spans = self.tiles.reuse(reuse, source.spans, spans)
         if not reuse:
             source = target
-        return Placement(target.index, source.index, reuse, wide)
+        return Placement(target.index, source.index, reuse, spans)
 
     def _target(self, idle: list[Slot], computed: dict[int, int]) -> Slot:
         active = self.active
@@ -197,7 +163,7 @@ class Slots:
         slot = self.all[placement.slot]
         slot.tokens = list(tokens)
         slot.cached = placement.reuse
-        slot.wide = placement.wide
+        slot.spans = placement.spans
         slot.prompt_size = len(tokens) if prompt_size is None else prompt_size
         slot.busy = True
         self._touch(slot)
@@ -217,7 +183,7 @@ class Slots:
         old, new = self.all[source], self.all[target]
         old.tokens, new.tokens = new.tokens, old.tokens
         old.cached, new.cached = new.cached, old.cached
-        old.wide, new.wide = new.wide, old.wide
+        old.spans, new.spans = new.spans, old.spans
         old.prompt_size, new.prompt_size = new.prompt_size, old.prompt_size
         old.busy, new.busy = new.busy, old.busy
         old.used, new.used = new.used, old.used
