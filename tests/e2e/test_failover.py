@@ -15,6 +15,7 @@ import psutil
 import pytest
 from failover_streams import KINDS, Told, bodies, run
 from mesh_parts import WAIT, MeshParts, eventually
+from wires import Wires
 
 from loadtests.figures import percentile
 from loadtests.stack import smollm2, smollm2_f32, smollm2_q4_0
@@ -35,6 +36,11 @@ class Pair(MeshParts):
     def __init__(self, folder: Path, nats: NatsServer, model: str, file: Path | None) -> None:
         super().__init__(folder, nats, model, file=file)
         self._keys: dict[str, str] = {}
+        self.wires = Wires(WORKERS)
+
+    def nats_url(self, name: str) -> str:
+        url = super().nats_url(name)
+        return self.wires.url(name, url) if name in WORKERS else url
 
     def start(self, name: str) -> None:
         before = set(self._processes)
@@ -73,14 +79,15 @@ def running_pair(folder: Path, file: Path | None = None) -> Iterator[Pair]:
         runner.run(server.__aenter__())
         try:
             pair = Pair(folder, server, MODEL, file)
-            try:
-                pair.start_router()
-                for name in WORKERS:
-                    pair.start(name)
-                pair.until_both_serve()
-                yield pair
-            finally:
-                pair.clear_away()
+            with pair.wires.running():
+                try:
+                    pair.start_router()
+                    for name in WORKERS:
+                        pair.start(name)
+                    pair.until_both_serve()
+                    yield pair
+                finally:
+                    pair.clear_away()
         finally:
             runner.run(server.__aexit__(None, None, None))
 
@@ -103,6 +110,11 @@ def stop(pair: Pair, name: str) -> None:
         process.suspend()
 
 
+def cut_off(pair: Pair, name: str) -> None:
+    """Its network is gone, and nobody is told."""
+    pair.wires.cut(name)
+
+
 def drain(pair: Pair, name: str) -> None:
     """As an operator ends it."""
     os.kill(pair.process(name).pid, signal.SIGTERM)
@@ -112,6 +124,7 @@ HOW: dict[str, Callable[[Pair, str], None]] = {
     "worker killed": kill_worker,
     "engine killed": kill_engine,
     "worker hangs": stop,
+    "worker cut off": cut_off,
     "worker drains": drain,
 }
 
@@ -190,6 +203,7 @@ class Compared:
     def __init__(self) -> None:
         self._rows = {kind: [0, 0, 0, 0] for kind in KINDS}
         self._gaps: list[float] = []
+        self._parted: list[str] = []
 
     def take(self, whole: list[Told], control: list[Told], told: list[Told]) -> None:
         """One round's."""
@@ -201,11 +215,14 @@ class Compared:
             row[3] += one.said == other.said
             if mine.resumed:
                 self._gaps.append(mine.longest_gap)
+            if one.said != mine.said:
+                self._parted.append(f"  {mine.kind}: {one.said} and {mine.said}")
 
     def report(self) -> str:
         lines = [f"  {kind:10} {row[0]:4} {row[1]:4} {row[2]:4} {row[3]:4}" for kind, row in self]
         shares = ", ".join(f"p{q} {percentile(self._gaps, q / 100):.2f} s" for q in (50, 95, 99))
-        return "\n".join([*lines, f"  longest gap of a resumed stream: {shares}"])
+        lines.append(f"  longest gap of a resumed stream: {shares}")
+        return "\n".join([*lines, *self._parted])
 
     def __iter__(self) -> Iterator[tuple[str, list[int]]]:
         """Kinds, each with its streams, the resumed, the equal, and the equal in the control."""
@@ -220,6 +237,8 @@ def bring_back(pair: Pair, gone: str, how: str) -> None:
     elif HOW[how] is stop:
         for process in (pair.process(gone), *pair.process(gone).children()):
             process.resume()
+    elif HOW[how] is cut_off:
+        pair.wires.mend(gone)
     time.sleep(2.5)
     pair.until_both_serve()
 
