@@ -220,6 +220,12 @@ class Compared:
             if one.said != mine.said:
                 self._parted.append(f"  {mine.kind}: {one.said} and {mine.said}")
 
+    @property
+    def equal(self) -> str:
+        """So far, of all kinds."""
+        rows = self._rows.values()
+        return f"{sum(row[2] for row in rows)} of {sum(row[0] for row in rows)}"
+
     def report(self) -> str:
         lines = [f"  {kind:10} {row[0]:4} {row[1]:4} {row[2]:4} {row[3]:4}" for kind, row in self]
         shares = ", ".join(f"p{q} {percentile(self._gaps, q / 100):.2f} s" for q in (50, 95, 99))
@@ -267,7 +273,9 @@ def test_a_hundred_streams_of_each_kind_outlive_their_workers(tmp_path: Path, fo
                 check(told, pair.story)
                 rows.take(whole, control, told)
                 bring_back(pair, gone, how)
-            print(f"{form}: {min(start + each, STREAMS)} of {STREAMS} streams of each kind")
+            equal = ", ".join(f"{how} {rows.equal}" for how, rows in compared.items())
+            done = min(start + each, STREAMS)
+            print(f"{form}: {done} of {STREAMS} streams of each kind; equal: {equal}")
         for how, rows in compared.items():
             print(f"\n{form}, {how}: kind, streams, resumed, equal, equal in the control")
             print(rows.report())
