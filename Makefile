@@ -15,7 +15,7 @@ CHECKED := shared router worker mesh loadtests tests infra
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test slow chaos soak lint format check bench-engine bench-router bench-routing bench-ring bench-ring-delay bench-shards bench-end-to-end bench-cancel bench-overload bench-slow-readers bench-servers bench-memory peers bench-peers bench-speculation check-equality check-gpu simulate clean distclean
+.PHONY: help env run test slow chaos soak lint format check bench-engine bench-router bench-routing bench-ring bench-ring-delay bench-shards bench-nodes bench-end-to-end bench-cancel bench-overload bench-slow-readers bench-servers bench-memory peers bench-peers bench-speculation check-equality check-gpu simulate clean distclean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | \
@@ -77,6 +77,9 @@ bench-ring-delay: env ## Three stages, farther and farther apart
 
 bench-shards: env ## Shards of experts: equal texts, perplexity by what is kept
 	$(BIN)/python -m loadtests.bench_shards $(ARGS)
+
+bench-nodes: env ## A node, a pipeline of two, expert shards on three, each with the same CPU share
+	$(BIN)/python -m loadtests.bench_nodes $(ARGS)
 
 bench-end-to-end: env ## HTTP through router and NATS against the engine alone
 	$(BIN)/python -m loadtests.bench_end_to_end $(ARGS)

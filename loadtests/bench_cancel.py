@@ -160,10 +160,20 @@ class BenchCancel:
         self.busy = busy
         self.most = min(500, answers)
         """Tokens that those who leave ask for: more than they wait for."""
-        self.crowd = Crowd(target, lambda: self.request(answers))
+        self.crowd = Crowd(target, self._next)
+        self._answers = answers
+        self._begun = 0
         self.samples: list[Sample] = []
         self._random = random.Random(1)
         self._number = 0
+
+    def _next(self) -> bytes:
+        """The crowd's next request. The first ones end one after the other: where all streams end
+        and begin together, who comes has to wait for all their prompts.
+        """
+        self._begun += 1
+        share = min(1.0, self._begun / max(1, self.busy))
+        return self.request(max(1, round(share * self._answers)))
 
     def request(self, tokens: int, *, stream: bool = True, words: int = 12) -> bytes:
         draw = self._random

@@ -5,10 +5,8 @@ overwritten, and begins a new one after 8 MB. Written at a fleet's pace that tak
 and looks like a leak meanwhile; here the same is written in a minute or two.
 """
 
-import asyncio
 import secrets
 import tempfile
-import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,6 +16,7 @@ import uvloop
 from cyclopts.validators import Number
 
 from loadtests.figures import markdown
+from loadtests.overwriting import SIZE, overwrite
 from loadtests.soak_memory import memory_of
 from shared.broker import Identity, NatsServer
 from shared.bus import Bus
@@ -28,9 +27,6 @@ __all__ = ("measure",)
 WORKER = "worker-1"
 KEPT = "worker-2"
 """Its key is written once: older than all others, it keeps the first block from being dropped."""
-SIZE = 2000
-"""Bytes of a value, as many as a beat has."""
-AT_ONCE = 100
 app = cyclopts.App(help=__doc__)
 
 
@@ -53,16 +49,13 @@ async def measure(writes: int, a_second: float, every: int) -> list[tuple[str, .
         await Kv(await bus("mesh-1", "mesh")).make(WORKERS)
         await Kv(await bus(KEPT, "worker")).tell(WORKERS, KEPT, secrets.token_bytes(SIZE))
         writer = await bus(WORKER, "worker")
-        began = time.monotonic()
-        for number in range(writes + 1):
-            if number % every == 0:
-                held = memory_of(nats.pid)
-                row = (number, number * SIZE / 1e6, held.rss / 1e6, held.anonymous / 1e6)
-                rows.append(tuple(f"{value:,.0f}" for value in row))
-            await Kv(writer).tell(WORKERS, WORKER, secrets.token_bytes(SIZE))
-            if number % AT_ONCE == 0:
-                await writer.barrier()
-                await asyncio.sleep(began + number / a_second - time.monotonic())
+
+        def look(number: int) -> None:
+            held = memory_of(nats.pid)
+            row = (number, number * SIZE / 1e6, held.rss / 1e6, held.anonymous / 1e6)
+            rows.append(tuple(f"{value:,.0f}" for value in row))
+
+        await overwrite(writer, WORKER, writes=writes, a_second=a_second, every=every, look=look)
     return rows
 
 

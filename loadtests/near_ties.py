@@ -19,6 +19,7 @@ from worker.engine.draws import uniform
 from worker.engine.llama import Context, Model, silence
 from worker.engine.sampling import Sampler
 from worker.engine.template import FALLBACK_TEMPLATE, ChatTemplate
+from worker.engine.tiles import Tiles, ahead
 from worker.engine.tools import detect_family, tool_constraint
 
 __all__ = ("Judge", "draw_gap")
@@ -56,7 +57,8 @@ def _log_odds(share: float) -> float:
 
 
 class Judge:
-    """Computes the row of logits that a token was drawn from, as the engine does: a row a step.
+    """Computes the row of logits that a token was drawn from, as the engine does: a prompt in its
+    tiles, then a row a step.
 
     The model is loaded into this process. Requests that cut candidates off (top_k, top_p, min_p)
     are judged as if they did not.
@@ -148,8 +150,15 @@ class Judge:
 
     def _logits(self, prompt: Sequence[int], before: Sequence[int]) -> NDArray[np.float32]:
         self._context.forget(0)
-        for begin in range(0, len(prompt), _ROWS):
-            self._decode(prompt[begin : begin + _ROWS], begin)
+        tile = self._context.tile
+        spans = Tiles(tile).of(prompt, self._model.end_tokens)
+        done = 0
+        while done < len(prompt):
+            rows, wide = ahead(spans, done, len(prompt))
+            # Whole tiles, or fewer rows than a tile has.
+            most = _ROWS - _ROWS % (tile or 1) if wide else (tile or _ROWS + 1) - 1
+            self._decode(prompt[done : done + min(rows, most)], done)
+            done += min(rows, most)
         for index, token in enumerate(before):
             self._decode([token], len(prompt) + index)
         last: NDArray[np.float32] = self._context.logits(1)[0]

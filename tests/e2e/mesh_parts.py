@@ -132,8 +132,12 @@ class MeshParts:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=clean_environment() | {"MESH_NATS": self._nats.url_for(name)},
+                env=clean_environment() | {"MESH_NATS": self.nats_url(name)},
             )
+
+    def nats_url(self, name: str) -> str:
+        """How this part reaches NATS."""
+        return self._nats.url_for(name)
 
 
 @contextmanager

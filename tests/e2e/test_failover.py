@@ -15,6 +15,7 @@ import psutil
 import pytest
 from failover_streams import KINDS, Told, bodies, run
 from mesh_parts import WAIT, MeshParts, eventually
+from wires import Wires
 
 from loadtests.figures import percentile
 from loadtests.stack import smollm2, smollm2_f32, smollm2_q4_0
@@ -35,6 +36,11 @@ class Pair(MeshParts):
     def __init__(self, folder: Path, nats: NatsServer, model: str, file: Path | None) -> None:
         super().__init__(folder, nats, model, file=file)
         self._keys: dict[str, str] = {}
+        self.wires = Wires(WORKERS)
+
+    def nats_url(self, name: str) -> str:
+        url = super().nats_url(name)
+        return self.wires.url(name, url) if name in WORKERS else url
 
     def start(self, name: str) -> None:
         before = set(self._processes)
@@ -73,14 +79,15 @@ def running_pair(folder: Path, file: Path | None = None) -> Iterator[Pair]:
         runner.run(server.__aenter__())
         try:
             pair = Pair(folder, server, MODEL, file)
-            try:
-                pair.start_router()
-                for name in WORKERS:
-                    pair.start(name)
-                pair.until_both_serve()
-                yield pair
-            finally:
-                pair.clear_away()
+            with pair.wires.running():
+                try:
+                    pair.start_router()
+                    for name in WORKERS:
+                        pair.start(name)
+                    pair.until_both_serve()
+                    yield pair
+                finally:
+                    pair.clear_away()
         finally:
             runner.run(server.__aexit__(None, None, None))
 
@@ -103,6 +110,11 @@ def stop(pair: Pair, name: str) -> None:
         process.suspend()
 
 
+def cut_off(pair: Pair, name: str) -> None:
+    """Its network is gone, and nobody is told."""
+    pair.wires.cut(name)
+
+
 def drain(pair: Pair, name: str) -> None:
     """As an operator ends it."""
     os.kill(pair.process(name).pid, signal.SIGTERM)
@@ -112,8 +124,11 @@ HOW: dict[str, Callable[[Pair, str], None]] = {
     "worker killed": kill_worker,
     "engine killed": kill_engine,
     "worker hangs": stop,
+    "worker cut off": cut_off,
     "worker drains": drain,
 }
+LOSSES = ("worker killed", "engine killed", "worker hangs", "worker cut off")
+"""Those that nobody wished for."""
 
 
 def busiest(told: Sequence[Told]) -> str:
@@ -190,6 +205,7 @@ class Compared:
     def __init__(self) -> None:
         self._rows = {kind: [0, 0, 0, 0] for kind in KINDS}
         self._gaps: list[float] = []
+        self._parted: list[str] = []
 
     def take(self, whole: list[Told], control: list[Told], told: list[Told]) -> None:
         """One round's."""
@@ -201,11 +217,20 @@ class Compared:
             row[3] += one.said == other.said
             if mine.resumed:
                 self._gaps.append(mine.longest_gap)
+            if one.said != mine.said:
+                self._parted.append(f"  {mine.kind}: {one.said} and {mine.said}")
+
+    @property
+    def equal(self) -> str:
+        """So far, of all kinds."""
+        rows = self._rows.values()
+        return f"{sum(row[2] for row in rows)} of {sum(row[0] for row in rows)}"
 
     def report(self) -> str:
         lines = [f"  {kind:10} {row[0]:4} {row[1]:4} {row[2]:4} {row[3]:4}" for kind, row in self]
         shares = ", ".join(f"p{q} {percentile(self._gaps, q / 100):.2f} s" for q in (50, 95, 99))
-        return "\n".join([*lines, f"  longest gap of a resumed stream: {shares}"])
+        lines.append(f"  longest gap of a resumed stream: {shares}")
+        return "\n".join([*lines, *self._parted])
 
     def __iter__(self) -> Iterator[tuple[str, list[int]]]:
         """Kinds, each with its streams, the resumed, the equal, and the equal in the control."""
@@ -214,12 +239,14 @@ class Compared:
 
 def bring_back(pair: Pair, gone: str, how: str) -> None:
     """Wait until both workers serve after a loss."""
-    if HOW[how] is kill_worker or HOW[how] is drain:
+    if HOW[how] is kill_worker:
         pair.ended(gone)
         pair.start(gone)
     elif HOW[how] is stop:
         for process in (pair.process(gone), *pair.process(gone).children()):
             process.resume()
+    elif HOW[how] is cut_off:
+        pair.wires.mend(gone)
     time.sleep(2.5)
     pair.until_both_serve()
 
@@ -233,7 +260,7 @@ def test_a_hundred_streams_of_each_kind_outlive_their_workers(tmp_path: Path, fo
     """
     each = 3
     with running_pair(tmp_path, FORMATS[form](tmp_path)) as pair:
-        compared = {how: Compared() for how in HOW}
+        compared = {how: Compared() for how in LOSSES}
         everything = {kind: bodies(MODEL, kind, STREAMS, 70) for kind in KINDS}
         for start in range(0, STREAMS, each):
             asked = [(kind, body) for kind in KINDS for body in everything[kind][start:][:each]]
@@ -246,7 +273,9 @@ def test_a_hundred_streams_of_each_kind_outlive_their_workers(tmp_path: Path, fo
                 check(told, pair.story)
                 rows.take(whole, control, told)
                 bring_back(pair, gone, how)
-            print(f"{form}: {min(start + each, STREAMS)} of {STREAMS} streams of each kind")
+            equal = ", ".join(f"{how} {rows.equal}" for how, rows in compared.items())
+            done = min(start + each, STREAMS)
+            print(f"{form}: {done} of {STREAMS} streams of each kind; equal: {equal}")
         for how, rows in compared.items():
             print(f"\n{form}, {how}: kind, streams, resumed, equal, equal in the control")
             print(rows.report())

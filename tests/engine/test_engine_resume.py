@@ -1,5 +1,6 @@
 """Answers cut at every few tokens and resumed on another engine, beside the undisturbed ones."""
 
+import asyncio
 import itertools
 import json
 import time
@@ -162,7 +163,8 @@ async def every_kind(
 ) -> dict[str, tuple[int, int]]:
     """By kind how many of the resumed answers were equal, and how many there were.
 
-    Cuts of different kinds take turns, so that no slot of the other engine holds what is resumed.
+    Cuts of different kinds take turns at its two slots, so that none of the other engine's holds
+    what is resumed.
     """
     asked = {kind: request(**fields) for kind, fields in ASKED.items()}
     whole = {kind: await frames_of(undisturbed, wanted) for kind, wanted in asked.items()}
@@ -173,11 +175,15 @@ async def every_kind(
     assert ends(whole["stop"], 0)[0][1:] == ("stop", text[middle : middle + 18])
     results = dict.fromkeys(asked, (0, 0))
     for count in range(1, max(map(len, whole.values())), every):
-        for kind, wanted in asked.items():
-            if count >= len(whole[kind]):
-                continue
-            had, assembly = cut_off(whole[kind], count, wanted)
-            found = await resumed(other, wanted, had, assembly)
+        cut = {
+            kind: cut_off(whole[kind], count, wanted)
+            for kind, wanted in asked.items()
+            if count < len(whole[kind])
+        }
+        going_on = (resumed(other, asked[kind], *before) for kind, before in cut.items())
+        answers = await asyncio.gather(*going_on)
+        for (kind, (had, _)), found in zip(cut.items(), answers, strict=True):
+            wanted = asked[kind]
             usage, before = found[-1].usage, whole[kind][-1].usage
             assert usage.prompt == before.prompt
             assert usage.completion == sum(len(tokens_of(found, c)) for c in range(wanted.n))

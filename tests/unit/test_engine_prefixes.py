@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from worker.engine.prefix_store import PrefixStore
 from worker.engine.prefixes import Prefixes
 from worker.engine.slots import LEAST_COPY, Placement, Slot, Slots, common_prefix, hole
+from worker.engine.tiles import Tiles
 
 PLENTY = 1 << 30
 TOKEN_BYTES = 4
@@ -58,9 +59,9 @@ class Cache:
 class Engine:
     """Slots over a cache, and what the loop does with them."""
 
-    def __init__(self, slots: int, memory: int, *, cuttable: bool = True) -> None:
+    def __init__(self, slots: int, memory: int, *, cuttable: bool = True, tile: int = 0) -> None:
         self.cache = Cache(slots, cuttable=cuttable)
-        self.slots = Slots(slots)
+        self.slots = Slots(slots, Tiles(tile))
         self.prefixes = Prefixes(self.cache, self.slots, memory)
 
     @property
@@ -69,11 +70,13 @@ class Engine:
 
     def begin(self, prompt: list[int]) -> tuple[Slot, Placement, int]:
         """Place a prompt and bring its prefix; what is left of it is computed at once."""
-        placement = self.slots.place(prompt)
+        spans = self.slots.tiles.of(prompt, frozenset())
+        placement = self.slots.place(prompt, spans)
         assert placement is not None
-        reuse = self.prefixes.bring(placement, prompt)
+        brought = self.prefixes.bring(placement, prompt, spans)
+        reuse = brought.reuse
         assert self.cache.held[placement.slot] == prompt[:reuse]
-        slot = self.slots.take(Placement(placement.slot, placement.source, reuse), prompt)
+        slot = self.slots.take(brought, prompt)
         self.compute(slot)
         return slot, placement, reuse
 
@@ -86,6 +89,21 @@ class Engine:
         slot, _, reuse = self.begin(prompt)
         self.slots.release(slot)
         return reuse
+
+
+def test_what_comes_from_memory_is_as_if_computed_anew() -> None:
+    tile = 64
+    engine = Engine(1, PLENTY, tile=tile)
+    first = conversation(0, 200)
+    slot, _, _ = engine.begin(first)
+    engine.slots.release(slot)
+    engine.ask(conversation(1, 200))
+
+    # 170 are in memory; of a prompt of 250 the first 192 are to be computed in tiles.
+    _, _, reuse = engine.begin([*first[:170], *conversation(2, 80)])
+    assert reuse == 128
+    # Its message goes on where the first one's ended, and all of it is in tiles but the rest.
+    assert engine.slots.all[0].spans == ((0, 192),)
 
 
 def conversation(number: int, tokens: int = 2 * PIECE) -> list[int]:
@@ -223,7 +241,7 @@ def test_a_refused_restore_leaves_the_slot_empty():
     engine.cache.refused = frozenset(("restore",))
     prompt = [*conversation(0), 7, 8]
 
-    reuse = engine.prefixes.bring(engine.slots.place(prompt), prompt)
+    reuse = engine.prefixes.bring(engine.slots.place(prompt), prompt).reuse
 
     assert (reuse, engine.cache.held) == (0, [[]])
 
@@ -237,7 +255,7 @@ def test_a_refused_copy_leaves_the_slot_empty():
     placement = engine.slots.place(prompt)
     assert (placement.slot, placement.source) == (running[1].index, running[0].index)
 
-    assert engine.prefixes.bring(placement, prompt) == 0
+    assert engine.prefixes.bring(placement, prompt).reuse == 0
     assert engine.cache.held[placement.slot] == []
 
 

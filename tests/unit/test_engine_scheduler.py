@@ -7,12 +7,15 @@ from worker.engine.scheduler import (
     LEAST_PREFILL,
     OLDEST_SHARE,
     REPLAY_ROWS,
-    WIDE_ROWS,
+    Left,
     Pace,
     Piece,
     plan,
     stretch,
 )
+from worker.engine.tiles import ahead, tiled
+
+TILE = 64
 
 remaining = st.lists(st.integers(1, 5000), min_size=1, max_size=40)
 
@@ -101,74 +104,152 @@ def test_where_decoding_alone_is_slow_a_prefill_may_lengthen_a_step_by_half():
 
 
 def pace_of(decode: float, row: float, wide_row: float) -> Pace:
-    """Four that decode; seconds of such a step, and of rows in small and in wide pieces."""
-    pace = Pace(512)
+    """Four that decode; seconds of such a step, and of rows in small pieces and in tiles."""
+    pace = Pace(512, TILE)
     for _ in range(60):
         pace.measured(4, (), decode)
         for rows in (8, 24):
             pace.measured(4, [Piece(rows, 0)], decode + rows * row)
-        pace.measured(4, [Piece(WIDE_ROWS, 0)], decode + WIDE_ROWS * wide_row)
+        pace.measured(0, [Piece(TILE, 0)], TILE * wide_row)
     return pace
 
 
-def rows_of(pace: Pace, left: list[Piece]) -> list[int]:
-    return [piece.rows for piece in pace.plan(left)]
+def rows_of(pace: Pace, left: list[Left], *, urgent: bool = False) -> list[int]:
+    return [piece.rows for piece in pace.plan(left, urgent=urgent)]
 
 
-def beside_four(*prompts: Piece) -> list[Piece]:
-    return [*[Piece(1, 100)] * 4, *prompts]
+def prompt(rows: int, depth: int = 0, *, wide: bool = True) -> Left:
+    """What is left of a message."""
+    tiles = tiled(rows, TILE) if wide else 0
+    return Left(rows, depth, tiles or rows, tiles > 0)
+
+
+def beside_four(*prompts: Left) -> list[Left]:
+    return [*[Left(1, 100, 1)] * 4, *prompts]
 
 
 def test_the_more_waits_the_longer_a_step_may_take():
-    pace = pace_of(decode=0.02, row=0.006, wide_row=0.003)
+    pace = pace_of(decode=0.02, row=0.006, wide_row=0.004)
 
     # A short prompt has its few steps of 80 ms, a longer one steps of half its time.
-    assert rows_of(pace, beside_four(Piece(20, 0))) == [1, 1, 1, 1, 10]
-    assert 20 <= rows_of(pace, beside_four(Piece(50, 0)))[4] <= 23
-    # What is long has wide pieces, which take less than others of so many rows.
-    assert rows_of(pace, beside_four(Piece(1000, 0)))[4] == WIDE_ROWS + 1
-    assert rows_of(pace, [Piece(1000, 0)]) == [WIDE_ROWS]
+    assert rows_of(pace, beside_four(prompt(20, 0))) == [1, 1, 1, 1, 10]
+    assert 20 <= rows_of(pace, beside_four(prompt(50, 0)))[4] <= 23
+    # What is long has tiles, as many as go into the longest step.
+    assert rows_of(pace, beside_four(prompt(1000, 0)))[4] == TILE
+    assert rows_of(pace_of(0.02, 0.002, 0.0011), beside_four(prompt(1000, 0)))[4] == 5 * TILE
+    assert rows_of(pace, [prompt(1000, 0)]) == [TILE]
 
 
 def test_a_short_rest_is_not_left_to_a_step_of_its_own():
     pace = pace_of(decode=0.02, row=0.006, wide_row=0.003)
 
     # 10 rows is what fits, and 8 more make do without another pass.
-    assert rows_of(pace, beside_four(Piece(18, 0)))[4:] == [18]
-    assert rows_of(pace, beside_four(Piece(9, 0), Piece(9, 0)))[4:] == [9, 9]
-    assert rows_of(pace, beside_four(Piece(19, 0)))[4:] == [10]
+    assert rows_of(pace, beside_four(prompt(18, 0)))[4:] == [18]
+    assert rows_of(pace, beside_four(prompt(9, 0), prompt(9, 0)))[4:] == [9, 9]
+    assert rows_of(pace, beside_four(prompt(19, 0)))[4:] == [10]
     # Never more than a step can hold.
     assert pace.budget(500, [Piece(18, 0)]) == 512
 
 
-def test_a_long_prompt_and_those_beside_it_take_turns():
-    pace = pace_of(decode=0.02, row=0.006, wide_row=0.003)
-    left = beside_four(Piece(20, 0), Piece(1000, 0), Piece(500, 0))
+def test_tiles_and_all_others_take_turns():
+    pace = pace_of(decode=0.02, row=0.006, wide_row=0.004)
+    left = beside_four(prompt(20, 0), prompt(1000, 0), prompt(500, 0))
 
-    steps = [rows_of(pace, left) for _ in range(4)]
-    assert steps[0] == steps[2] == [1, 1, 1, 1, 0, WIDE_ROWS + 1, 0]
-    assert steps[1] == steps[3]
+    steps = [rows_of(pace, left) for _ in range(5)]
+    # Of the oldest, and of the shortest.
+    assert steps[0] == steps[4] == [0, 0, 0, 0, 0, TILE, 0]
+    assert steps[2] == [0, 0, 0, 0, 0, 0, TILE]
     # A short one is done in its first step, since all steps are long now.
-    assert steps[1][4:6] == [20, 0]
-    # With nobody beside it, it has all steps.
-    assert [rows_of(pace, beside_four(Piece(1000, 0)))[4] for _ in range(3)] == [WIDE_ROWS + 1] * 3
+    assert steps[1] == steps[3] == [1, 1, 1, 1, 20, 0, 0]
+    # With nobody beside, tiles have all steps.
+    assert [rows_of(pace, [prompt(1000, 0)]) for _ in range(3)] == [[TILE]] * 3
 
 
-def test_after_a_deep_prompt_the_next_has_wide_pieces_at_once():
-    pace = pace_of(decode=0.02, row=0.006, wide_row=0.0015)
-    for depth in range(0, 6000, WIDE_ROWS):
-        pace.measured(0, [Piece(WIDE_ROWS, depth)], WIDE_ROWS * (0.0015 + 2e-6 * depth))
-        pace.measured(0, [Piece(8, depth)], 8 * (0.006 + 2e-6 * depth))
+def test_after_a_deep_prompt_the_next_has_more_tiles_at_once():
+    pace = pace_of(decode=0.02, row=0.002, wide_row=0.0015)
+    for depth in range(0, 6000, TILE):
+        pace.measured(0, [Piece(TILE, depth)], TILE * (0.0015 + 2e-6 * depth))
 
-    assert rows_of(pace, beside_four(Piece(900, 5900)))[4] < WIDE_ROWS
-    assert rows_of(pace, beside_four(Piece(900, 0)))[4] > WIDE_ROWS
+    assert rows_of(pace, beside_four(prompt(900, 5900)))[4] == TILE
+    assert rows_of(pace, [prompt(900, 0), prompt(900, 0)]) == [2 * TILE, 0]
+    # Alone it keeps nobody, and has longer steps.
+    assert rows_of(pace, [prompt(900, 0)]) == [4 * TILE]
 
 
-def test_where_a_wide_piece_takes_too_long_pieces_stay_small():
+def test_a_tile_is_never_broken_up_however_long_it_takes():
     pace = pace_of(decode=0.1, row=0.02, wide_row=0.01)
 
-    assert rows_of(pace, beside_four(Piece(1000, 0))) == [1, 1, 1, 1, 15]
-    assert rows_of(pace, [Piece(1000, 0)]) == [12]
+    assert rows_of(pace, beside_four(prompt(1000, 0))) == [0, 0, 0, 0, TILE]
+    assert rows_of(pace, beside_four(prompt(1000, 0))) == [1, 1, 1, 1, 0]
+    assert rows_of(pace, [prompt(1000, 0)]) == [TILE]
+
+
+def test_where_tiles_are_not_wanted_no_piece_is_as_large_as_one():
+    quick = pace_of(decode=0.002, row=0.0001, wide_row=0.0001)
+
+    assert rows_of(quick, beside_four(prompt(1000, wide=False))) == [1, 1, 1, 1, TILE - 1]
+    assert rows_of(quick, [prompt(1000, wide=False)]) == [TILE - 1]
+    assert rows_of(quick, [prompt(TILE, wide=False)]) == [TILE - 2]
+
+
+def test_a_message_ends_before_the_next_ones_tiles_begin():
+    pace = pace_of(decode=0.002, row=0.0001, wide_row=0.0001)
+
+    assert rows_of(pace, [Left(500, 300, 20)]) == [20]
+    assert rows_of(pace, [Left(500, 300, 2 * TILE, wide=True)]) == [2 * TILE]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.tuples(st.integers(2, 70), st.integers(0, 5)), max_size=4),
+            st.integers(2, 70),
+            st.integers(0, 200),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.lists(st.floats(1e-5, 0.05), min_size=1, max_size=5),
+    st.integers(TILE, 600),
+)
+def test_which_rows_are_computed_in_tiles_depends_on_the_prompt_alone(prompts, seconds, most):
+    """Whatever comes together, and however long steps take."""
+    pace = Pace(most, TILE)
+    spans, ends, sizes = [], [], []
+    for parts, last, replayed in prompts:
+        at, found = 0, []
+        for small, tiles in parts:
+            if tiles:
+                found.append((at, at + tiles * TILE))
+            at += tiles * TILE + small
+        spans.append(tuple(found))
+        ends.append(at + last)
+        sizes.append(at + last + replayed)
+    done = [0] * len(sizes)
+    in_tiles: list[list[bool]] = [[] for _ in sizes]
+    for step in range(10_000):
+        if done == sizes:
+            break
+        here = [i for i, size in enumerate(sizes) if done[i] < size]
+        left = []
+        for i in here:
+            rows = stretch(done[i], ends[i], sizes[i])
+            following = ahead(spans[i], done[i], ends[i]) if done[i] < ends[i] else (rows, False)
+            left.append(Left(rows, done[i], *following))
+        pieces = pace.plan(left)
+        assert 0 < sum(piece.rows for piece in pieces) <= max(most, len(here))
+        several = [piece.rows for piece in pieces if piece.rows]
+        for i, piece in zip(here, pieces, strict=True):
+            if piece.rows >= TILE:
+                assert len(several) == 1
+                assert piece.rows % TILE == 0
+            in_tiles[i] += [piece.rows >= TILE] * piece.rows
+            done[i] += piece.rows
+        deciding = sum(whole.rows == 1 for whole in left)
+        pace.measured(deciding, [p for p in pieces if p.rows > 1], seconds[step % len(seconds)])
+    assert done == sizes
+    for found, wide, size in zip(in_tiles, spans, sizes, strict=True):
+        assert found == [any(first <= at < end for first, end in wide) for at in range(size)]
 
 
 def test_a_single_last_row_is_not_left_over():

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from worker.engine.slots import LEAST_COPY, Slot, Slots, common_prefix, hole
+from worker.engine.slots import LEAST_COPY, Placement, Slot, Slots, common_prefix, hole
+from worker.engine.tiles import Tiles
 
 tokens = st.lists(st.integers(0, 3), max_size=80)
 
@@ -45,6 +46,14 @@ def test_a_conversation_that_goes_on_displaces_nothing():
 
     assert slots.displaced(slots.place(longer), longer) == []
     assert slots.displaced(slots.place(new), new) == other.tokens
+
+
+def test_what_is_known_of_tiles_moves_with_the_tokens():
+    slots = Slots(2, Tiles(64))
+    slots.take(Placement(0, 0, 0, ((0, 192),)), list(range(200)))
+
+    assert slots.swap(0, 1).spans == ((0, 192),)
+    assert slots.all[0].spans == ()
 
 
 @given(st.sets(st.integers(0, 31)))

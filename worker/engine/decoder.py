@@ -18,6 +18,11 @@ class Decoder(Protocol):
     """Tokens of a slot."""
     lanes: int
     """Steps that may be under way at once; 1: only `decode`, and one at a time."""
+    tile: int
+    """Rows of one sequence that, computed together, are rounded otherwise than fewer; 0: no number
+    of rows is."""
+    together: int
+    """Rows of one sequence that can be computed together at most."""
     latency: float
     """Seconds that a step takes whatever is in it: the way round to other hosts."""
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from shared.protocol import End, Frame, Generate, Timings, Usage
 from worker.engine.reading_log import Record
+from worker.engine.tiles import Spans
 
 if TYPE_CHECKING:
     from worker.engine.sequence import Sequence
@@ -33,6 +34,8 @@ class Job:
         self.received = received
         self.prompt = prompt
         self.end_tokens = end_tokens
+        self.spans: Spans | None = None
+        """What of the prompt is computed in whole tiles; None: nobody has asked yet."""
         self.sequences: list[Sequence] = []
         """One a choice, without those that were done on earlier attempts."""
         self.open = 0

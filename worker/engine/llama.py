@@ -21,6 +21,11 @@ __all__ = ("INTERRUPTED", "Context", "LoadError", "Model", "silence")
 
 FLASH_ATTENTION_OFF: Final = 0
 FLASH_ATTENTION_ON: Final = 1
+FLASH_ATTENTION_TILE: Final = 64
+"""From so many rows of one sequence on, llama.cpp's flash attention works in tiles on a CPU
+(`ggml_compute_forward_flash_attn_ext_f16`): behind 1,500 tokens 64 rows then take as long as 32,
+and are rounded otherwise, by up to 0.9 in a logit. On either side of it every row is bit by bit
+what it is in any other number of rows and in any company (`tests/engine/test_tiles.py`)."""
 ALL_F32: Final = "0"
 """`general.file_type` of a GGUF whose weights have 32 bits: llama.cpp's `enum llama_ftype`."""
 POOLING_NONE: Final = 0
@@ -76,7 +81,7 @@ class Model:
         on_progress: Callable[[float], None] | None = None,
     ) -> None:
         params = ll.llama_model_default_params()
-        params.n_gpu_layers = gpu_layers
+        self.gpu_layers = params.n_gpu_layers = gpu_layers
         if not gpu_layers:
             # Else a context takes half a GiB of each GPU, and wide steps are computed there.
             self._no_devices = (ctypes.c_void_p * 1)(None)
@@ -222,6 +227,12 @@ class Context:
         ll.llama_set_abort_callback(
             self.handle, _is_set, ctypes.cast(self._interrupt, ctypes.c_void_p)
         )
+        # Fewer are computed row by row, which on a CPU takes twice as long behind 1,500 tokens; a
+        # state that cannot be cut has no use for a rule by which it would be cut.
+        cpu = self._may_interrupt and not model.gpu_layers
+        flash = params.flash_attn_type == FLASH_ATTENTION_ON
+        self.tile = FLASH_ATTENTION_TILE if cpu and flash else 0
+        self.together = int(params.n_batch)
         self.slots = slots
         self.lanes = 1
         self.latency = 0.0

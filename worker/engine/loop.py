@@ -27,12 +27,17 @@ from worker.engine.speculation.candidates import Candidate
 from worker.engine.speculation.speculator import Speculator
 from worker.engine.tally import Tally
 from worker.engine.threads import Threads
+from worker.engine.tiles import Tiles
 from worker.link import CancelAttempts, EngineStats
 
 __all__ = ("Loop",)
 
 _LANE_ROUNDS = 32
 """Rounds of lanes after which deadlines and drafts are looked at again."""
+_LONGEST_TILE = 2.0
+"""Seconds that a tile of a prompt may take: all others wait for it. Where it takes longer, as with
+a large model on few cores, prompts are computed in smaller pieces only. Far from what usual models
+take, so that workers that share a model seldom differ in it."""
 
 
 class Loop:
@@ -57,12 +62,20 @@ class Loop:
         self._outbox = outbox
         self._speculator = speculator
         self._tally = Tally()
+        tile = context.tile
+        seconds = tile * calibration.prefill_row_seconds
+        wide = tile <= min(context.together, step_tokens) and seconds <= _LONGEST_TILE
         self._running = Running(
-            context, speculator, outbox, self._tally, prefix_memory=prefix_memory
+            context,
+            speculator,
+            outbox,
+            self._tally,
+            prefix_memory=prefix_memory,
+            tiles=Tiles(tile if wide else 0),
         )
         self._jobs = Jobs(intake, outbox, embedder, self._running)
         self._threads = Threads(context, calibration, speculator)
-        self._pace = Pace(step_tokens)
+        self._pace = Pace(step_tokens, tile)
         self._prefilling: frozenset[int] = frozenset()
         """Attempts whose prompts are computed in the step that runs."""
         self._interrupting = threading.Lock()
@@ -92,8 +105,7 @@ class Loop:
 
     def _step(self) -> None:
         running = self._running.sequences
-        remaining = [s.remaining for s in running]
-        decoding = remaining.count(1)
+        decoding = sum(s.remaining == 1 for s in running)
         drafts: Drafts[list[int]] = ()
         held: list[tuple[Sequence, int]] = []
         pieces: Drafts[Piece] = ()
@@ -109,18 +121,20 @@ class Loop:
         if alone and not speculating:
             rows, sampled = fill_decoding(self._batch, running)
         else:
-            left = [Piece(s.stretch, s.computed) for s in running]
+            left = [s.left for s in running]
             step = self._pace.plan(left, urgent=any(s.awaited for s in running))
-            pieces = [piece for piece, whole in zip(step, left, strict=True) if whole.rows > 1]
+            both = list(zip(step, left, strict=True))
+            pieces = [piece for piece, whole in both if whole.rows > 1 and piece.rows]
+            decoding = sum(piece.rows == 1 == whole.rows for piece, whole in both)
+            alone = not pieces
             held = [(s, s.computed) for s in running]
             self._prefilling = frozenset(
                 s.job.attempt
-                for s, piece, whole in zip(running, step, left, strict=True)
+                for s, (piece, whole) in zip(running, both, strict=True)
                 if whole.rows > 1 and piece.rows
             )
-            rows, sampled = fill(self._batch, running, [piece.rows for piece in step], drafts)
-        # an idle prefill, with no row in this step, leaves it one of decoding alone
-        alone = alone or rows == decoding
+            counts = [piece.rows for piece in step]
+            rows, sampled = fill(self._batch, running, counts, drafts)
         self._threads.choose(prefill=not alone)
         began = time.perf_counter()
         code = self._context.decode(self._batch, rows)

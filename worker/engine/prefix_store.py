@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker.engine.slots import common_prefix
+from worker.engine.tiles import Spans
 
 __all__ = ("Entry", "Hit", "PrefixStore")
 
@@ -27,6 +28,8 @@ class Entry(msgspec.Struct, frozen=True, eq=False):
 
     tokens: list[int]
     state: NDArray[np.uint8]
+    spans: Spans = ()
+    """Which of the tokens were computed in whole tiles."""
 
 
 class Hit(msgspec.Struct, frozen=True):
@@ -80,7 +83,7 @@ class PrefixStore:
         self._used.move_to_end(id(found.entry))
         return True
 
-    def put(self, tokens: Tokens[int], state: NDArray[np.uint8]) -> bool:
+    def put(self, tokens: Tokens[int], state: NDArray[np.uint8], spans: Spans = ()) -> bool:
         """Keep a sequence in place of those that are prefixes of it, or its equal.
 
         False: the state is larger than all there is room for. Takes the state as its own: nobody
@@ -91,7 +94,7 @@ class PrefixStore:
             return False
         for shorter in self._prefixes(kept):
             self._drop(shorter)
-        entry = Entry(kept, state)
+        entry = Entry(kept, state, spans)
         while self.bytes + state.nbytes > self._limit:
             self._drop(next(iter(self._used.values())))
         node = self._root

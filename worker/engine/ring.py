@@ -105,11 +105,14 @@ class RingContext:
         self._embed = embed
         self._transport = transport
         self._group = group
+        self.tile = tile = stage.context.tile
+        # A sequence with more rows than a pass has is cut: between tiles then.
+        self.together = most_rows - most_rows % tile if tile <= most_rows and tile else most_rows
         self.lanes = others + 1
         self.latency = 0.0
         self._measured = 0.0
         self._begun: deque[list[_Sent]] = deque()
-        self._most_rows = most_rows
+        self._most_rows = self.together
         self._half = half
         self._timeout = timeout
         self._number = 0

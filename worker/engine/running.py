@@ -11,6 +11,7 @@ from worker.engine.sequence import Sequence
 from worker.engine.slots import TOKENS_A_GAP_STEP, Placement, Slots, hole
 from worker.engine.speculation.speculator import Speculator
 from worker.engine.tally import Tally
+from worker.engine.tiles import Tiles
 
 __all__ = ("Running",)
 
@@ -28,13 +29,14 @@ class Running:
         tally: Tally,
         *,
         prefix_memory: int,
+        tiles: Tiles,
     ) -> None:
         self.sequences: list[Sequence] = []
         self._context = context
         self._speculator = speculator
         self._outbox = outbox
         self._tally = tally
-        self._slots = Slots(context.slots)
+        self._slots = Slots(context.slots, tiles)
         self._prefixes = Prefixes(context, self._slots, prefix_memory)
         self._gap_steps = 0
 
@@ -54,7 +56,10 @@ class Running:
         # Who was looked at is next whoever comes: no more than may be running together.
         while waiting and len(self._slots.active) < slots and len(deferred) < slots:
             sequence = waiting.pop(time.monotonic())
-            placement = self._slots.place(sequence.tokens)
+            job = sequence.job
+            if job.spans is None:
+                job.spans = self._slots.tiles.of(job.prompt, job.end_tokens)
+            placement = self._slots.place(sequence.tokens, job.spans)
             if placement is None:
                 deferred.append(sequence)
             else:
@@ -99,17 +104,17 @@ class Running:
 
     def _occupy(self, sequence: Sequence, placement: Placement) -> None:
         job = sequence.job
-        reuse = self._prefixes.bring(placement, sequence.tokens)
+        wished = placement.reuse
+        placement = self._prefixes.bring(placement, sequence.tokens, job.spans or ())
         if self._speculator is not None:
             # What came from the store, the draft model does not have.
-            known = min(reuse, placement.reuse)
+            known = min(placement.reuse, wished)
             self._speculator.took(Placement(placement.slot, placement.source, known))
             sequence.drafting = self._speculator.begin(sequence.tokens, job.request.owner)
-        placement = Placement(placement.slot, placement.source, reuse)
         sequence.slot = self._slots.take(placement, sequence.tokens, len(job.prompt))
         if job.start():
             self._outbox.started(job.attempt)
-        reuse = min(reuse, len(job.prompt))
+        reuse = min(placement.reuse, len(job.prompt))
         job.cached = max(job.cached, reuse) if sequence is job.sequences[0] else job.cached
         self._tally.cached_tokens += reuse
         self._tally.prompt_tokens += len(job.prompt)

@@ -6,9 +6,8 @@ to the oldest, then to the shortest. The budget follows what steps of late took
 handling of a cancellation, by 80 ms, a long one by 0.4 s at most; and by 8 rows more where a prompt
 ends with them, which alone would cost a step of their own.
 
-A long prompt is computed fastest in pieces of `WIDE_ROWS` or more, which flash attention takes
-together. So it has every other step to itself where there are others, and gets a piece of that size
-if that stays within the bound.
+What of a prompt is to be computed in whole tiles (`tiles.py`) has steps of its own, which take
+turns with all others.
 """
 
 import math
@@ -17,7 +16,7 @@ from typing import NamedTuple
 
 from worker.engine.step_time import StepTime
 
-__all__ = ("REPLAY_ROWS", "WIDE_ROWS", "Pace", "Piece", "plan", "stretch")
+__all__ = ("REPLAY_ROWS", "Left", "Pace", "Piece", "plan", "stretch")
 
 STEP_SECONDS_BESIDE_DECODE = 0.08
 """What a step is to take in all while others decode: it bounds the gaps between their tokens, and
@@ -38,14 +37,10 @@ WORK_SHARE = 0.5
 pieces are dear: on the project's Xeon 8 rows behind 900 tokens take 50 ms, 64 take 190, so that in
 pieces of 8 prompts of 1,500 tokens beside four streams came faster than they were computed, and the
 streams were slower too (docs/benchmarks.md). What a short prompt adds to a few steps is little."""
-WIDE_ROWS = 64
-"""From so many rows of one sequence on, llama.cpp's flash attention works in tiles
-(`ggml_compute_forward_flash_attn_ext_f16`): behind 1,500 tokens 64 rows then take as long as 32.
-Where that takes too long, as with large models, pieces stay as small as other bounds want them."""
-LONG_PROMPT = 2 * WIDE_ROWS
-"""Tokens left of a prompt that takes turns with those beside it."""
 REPLAY_ROWS = 63
 """Rows of a resumed answer's own tokens that are computed together at most."""
+MOST_ROWS = 1 << 30
+"""More than any step has."""
 FIRST_PREFILL = 128
 """Rows of the first prefill, from which the speed is learnt."""
 
@@ -58,17 +53,41 @@ class Piece(NamedTuple):
     """Tokens of its sequence that are computed before."""
 
 
+class Left(NamedTuple):
+    """What is left of a sequence."""
+
+    rows: int
+    """Its `stretch`; 1: it decodes."""
+    depth: int
+    """Tokens of it that are computed."""
+    next: int
+    """Of the rows, the first ones, that are all to be computed in the same way."""
+    wide: bool = False
+    """Those are whole tiles."""
+
+
 class Pace:
     """Prefill rows a step may hold, from measured times."""
 
-    def __init__(self, step_tokens: int) -> None:
+    def __init__(self, step_tokens: int, tile: int = 0) -> None:
+        """Know nothing yet of how long steps take.
+
+        Args:
+            step_tokens: rows a step may have at most.
+            tile: rows of a sequence from which on they are rounded otherwise; 0: they never are.
+        """
         self._most = step_tokens
+        self._tile = tile
+        self._narrow = tile - 1 if tile else step_tokens
+        """Rows of a sequence in a piece that is not of whole tiles."""
         self._small = StepTime()
-        """Of steps without a wide piece."""
+        """Of steps without whole tiles."""
         self._wide = StepTime()
-        """Of steps with one."""
-        self._others_turn = True
-        """Whether the last step was that of those beside a long prompt."""
+        """Of steps with them."""
+        self._wide_turn = True
+        """Whether the next step is one of tiles, where there are others to do."""
+        self._oldest_turn = True
+        """Whether the next step of tiles is the oldest prompt's, or the shortest one's."""
         self._decode = 0.0
         """Seconds of a step that only decodes, a moving average."""
 
@@ -83,34 +102,71 @@ class Pace:
         if prefill < LEAST_PREFILL // 2 or seconds <= 0:
             return
         depth = sum(piece.rows * piece.depth for piece in pieces) / prefill
-        wide = max(piece.rows for piece in pieces) >= WIDE_ROWS
+        wide = self._tile and max(piece.rows for piece in pieces) >= self._tile
         (self._wide if wide else self._small).add(prefill, depth, seconds)
 
-    def plan(self, left: Sequence[Piece], *, urgent: bool = False) -> list[Piece]:
+    def plan(self, left: Sequence[Left], *, urgent: bool = False) -> list[Piece]:
         """The next step: for each sequence, in the same order, the rows it has, or 0.
 
-        A long prompt beside others has every other step to itself, as far as prompts go: what is
-        computed with it would break its piece up, and the others would wait for it.
+        Either whole tiles of one prompt and nothing beside, which llama.cpp would compute as a row
+        of each and then what is left; or all others.
 
         Args:
-            left: what is left of each sequence, by age: its `stretch`, 1 of those that decode.
+            left: of each sequence, by age.
             urgent: somebody reads an answer that goes on only when its prefill is done. For him the
                 others' tokens come as far apart as prefill steps without decoding are: a few of
                 them, since what is computed together is computed faster.
         """
-        sizes = [piece.rows for piece in left]
-        decoding = sizes.count(1)
-        prefills = [i for i, size in enumerate(sizes) if size > 1]
-        long = next((i for i in prefills if sizes[i] >= LONG_PROMPT), None)
-        if long is not None and len(prefills) > 1 and not urgent:
-            self._others_turn = not self._others_turn
-            for i in prefills:
-                if (i == long) == self._others_turn:
-                    sizes[i] = 0
-        shown = [left[i] for i in prefills if sizes[i]]
-        work = self._seconds(left[i] for i in prefills)
-        rows = plan(sizes, self.budget(decoding, shown, work=work, urgent=urgent))
-        return [Piece(count, piece.depth) for count, piece in zip(rows, left, strict=True)]
+        prefills = [one for one in left if one.rows > 1]
+        decoding = len(left) - len(prefills)
+        work = self._seconds(prefills)
+        tiled = [i for i, one in enumerate(left) if one.wide]
+        if tiled:
+            self._wide_turn = not self._wide_turn
+            if len(tiled) == len(left) or not self._wide_turn:
+                return self._tiles_of(left, tiled, decoding, work, urgent=urgent)
+        shown = [Piece(one.next, one.depth) for one in prefills if not one.wide]
+        budget = self.budget(decoding, shown, work=work, urgent=urgent)
+        rows = plan([0 if one.wide else one.next for one in left], budget, self._narrow)
+        return [Piece(count, one.depth) for count, one in zip(rows, left, strict=True)]
+
+    def _tiles_of(
+        self,
+        left: Sequence[Left],
+        tiled: Sequence[int],
+        decoding: int,
+        work: float,
+        *,
+        urgent: bool,
+    ) -> list[Piece]:
+        """A step of whole tiles of one of these prompts: of the oldest and the shortest by turns,
+        so that each gets on whatever comes.
+        """
+        chosen = tiled[0]
+        if not self._oldest_turn:
+            chosen = min(tiled, key=lambda i: left[i].rows)
+        self._oldest_turn = not self._oldest_turn
+        times = self._wide or self._small
+        rows = FIRST_PREFILL
+        if times:
+            # Two tiles at once are a tenth faster than one, and a prompt alone keeps nobody.
+            alone = len(left) == 1
+            bound = LONGEST_STEP_SECONDS if alone else self._time(decoding, work, urgent=urgent)
+            rows = times.rows(bound, left[chosen].depth)
+        most = min(max(rows, self._tile), self._most, left[chosen].next)
+        step = [Piece(0, one.depth) for one in left]
+        step[chosen] = Piece(most - most % self._tile, left[chosen].depth)
+        return step
+
+    def _time(self, decoding: int, work: float, *, urgent: bool) -> float:
+        """Seconds that pieces of prompts may take in a step."""
+        if not decoding:
+            return STEP_SECONDS_ALONE
+        least = STEP_SECONDS_ALONE if urgent else STEP_SECONDS_BESIDE_DECODE
+        return max(
+            min(LONGEST_STEP_SECONDS, max(least, WORK_SHARE * work)) - self._decode,
+            min(self._decode, STEP_SECONDS_ALONE) * MOST_SLOWDOWN,
+        )
 
     def budget(
         self,
@@ -131,31 +187,19 @@ class Pace:
         times = self._small or self._wide
         if not times:
             return min(self._most, decoding + FIRST_PREFILL)
-        left = STEP_SECONDS_ALONE
-        if decoding:
-            least = STEP_SECONDS_ALONE if urgent else STEP_SECONDS_BESIDE_DECODE
-            left = max(
-                min(LONGEST_STEP_SECONDS, max(least, WORK_SHARE * work)) - self._decode,
-                min(self._decode, STEP_SECONDS_ALONE) * MOST_SLOWDOWN,
-            )
+        left = self._time(decoding, work, urgent=urgent)
         depth = sum(piece.depth for piece in prefills) / len(prefills) if prefills else 0.0
         rows = max(LEAST_PREFILL, times.rows(left, depth))
         # A short rest would cost the next step a pass of its own, and its slot a step.
         for whole in (sum(piece.rows for piece in prefills), *(p.rows for p in prefills[:1])):
             if rows < whole <= rows + LEAST_PREFILL:
                 rows = whole
-        # llama.cpp takes one row of every sequence first: what is left of a piece must be wide.
-        wide = WIDE_ROWS + (decoding > 0)
-        if rows < wide and prefills and prefills[0].rows >= wide:
-            bound = left if decoding else LONGEST_STEP_SECONDS
-            if (self._wide or self._small).of(wide, prefills[0].depth) <= bound:
-                rows = wide
         return min(self._most, decoding + rows)
 
-    def _seconds(self, prefills: Iterable[Piece]) -> float:
+    def _seconds(self, prefills: Iterable[Left]) -> float:
         """What these would take at once."""
         times = self._small or self._wide
-        return sum(times.of(rows, depth + rows / 2) for rows, depth in prefills)
+        return sum(times.of(one.rows, one.depth + one.rows / 2) for one in prefills)
 
 
 def _average(average: float, value: float) -> float:
@@ -186,15 +230,14 @@ def stretch(cached: int, prompt_size: int, total: int) -> int:
     return REPLAY_ROWS - 1 if left == REPLAY_ROWS + 1 else REPLAY_ROWS
 
 
-def plan(remaining: Sequence[int], budget: int) -> list[int]:
+def plan(remaining: Sequence[int], budget: int, most: int = MOST_ROWS) -> list[int]:
     """Rows for each sequence, given the `stretch` each has yet to compute, in order of age.
 
     A sequence with one token left is decoding and always gets its row, one with none gets nothing.
     Of what the budget leaves, the oldest prefill gets `OLDEST_SHARE`, so that it gets on whatever
-    comes, or a wide piece if it leaves one; then comes the shortest, so that a short
-    prompt does not wait for a long one, then the others by age: each number of rows that occurs
-    costs llama.cpp a pass of its own. The sum is at most
-    `max(budget, number of decoding sequences)`.
+    comes; then comes the shortest, so that a short prompt does not wait for a long one, then the
+    others by age: each number of rows that occurs costs llama.cpp a pass of its own. No sequence
+    gets more than `most`, and the sum is at most `max(budget, number of decoding sequences)`.
     """
     rows = [min(count, 1) for count in remaining]
     prefills = [i for i, count in enumerate(remaining) if count > 1]
@@ -204,14 +247,11 @@ def plan(remaining: Sequence[int], budget: int) -> list[int]:
     if not prefills:
         return rows
     oldest = prefills[0]
-    sure = math.ceil(left * OLDEST_SHARE)
-    if left >= WIDE_ROWS:
-        sure = max(sure, min(left, WIDE_ROWS + 1))
-    rows[oldest] = min(remaining[oldest], sure)
+    rows[oldest] = min(remaining[oldest], math.ceil(left * OLDEST_SHARE), most)
     left -= rows[oldest]
     shortest = min(prefills, key=lambda i: remaining[i])
     for i in (shortest, *prefills):
-        more = min(remaining[i] - rows[i], left)
+        more = min(remaining[i] - rows[i], left, most - rows[i])
         rows[i] += more
         left -= more
     for i in prefills:

@@ -23,11 +23,12 @@ from worker.engine.sampling import (
     log_probabilities,
     most_likely,
 )
-from worker.engine.scheduler import stretch
+from worker.engine.scheduler import Left, stretch
 from worker.engine.slots import Slot
 from worker.engine.speculation.candidates import Drafting
 from worker.engine.telling import Telling
 from worker.engine.text import TextAssembler
+from worker.engine.tiles import ahead
 from worker.engine.tools import ReasoningParser, ToolParser
 
 __all__ = ("Advance", "NoTokenLeft", "Sequence")
@@ -139,10 +140,16 @@ class Sequence:
         return 0 if self.slot is None else self.slot.cached
 
     @property
-    def stretch(self) -> int:
-        """Tokens that may be computed in one step, as `scheduler.stretch` says."""
+    def left(self) -> Left:
+        """What is left to compute of its prompt, or else of what is replayed."""
         slot = self.slot
-        return 0 if slot is None else stretch(slot.cached, slot.prompt_size, len(slot.tokens))
+        if slot is None:
+            return Left(0, 0, 0)
+        rows = stretch(slot.cached, slot.prompt_size, len(slot.tokens))
+        if slot.cached >= slot.prompt_size:
+            return Left(rows, slot.cached, rows)
+        next_rows, wide = ahead(slot.spans, slot.cached, slot.prompt_size)
+        return Left(rows, slot.cached, next_rows, wide)
 
     @property
     def awaited(self) -> bool:

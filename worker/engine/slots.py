@@ -10,6 +10,8 @@ from collections.abc import Sequence as Tokens
 
 import msgspec
 
+from worker.engine.tiles import Spans, Tiles
+
 __all__ = ("LEAST_COPY", "TOKENS_A_GAP_STEP", "Placement", "Slot", "Slots", "common_prefix", "hole")
 
 LEAST_COPY = 16
@@ -30,12 +32,14 @@ _DEFER_GAIN = 32
 class Slot:
     """One stream of the KV cache: the tokens it is to hold, of which `cached` are computed."""
 
-    __slots__ = ("busy", "cached", "index", "prompt_size", "tokens", "used")
+    __slots__ = ("busy", "cached", "index", "prompt_size", "spans", "tokens", "used")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.tokens: list[int] = []
         self.cached = 0
+        self.spans: Spans = ()
+        """Which of them are computed in whole tiles."""
         self.prompt_size = 0
         self.busy = False
         self.used = 0
@@ -48,6 +52,8 @@ class Placement(msgspec.Struct, frozen=True):
     slot: int
     source: int
     reuse: int
+    spans: Spans = ()
+    """Which tokens of the sequence were or will be computed in whole tiles."""
 
 
 def common_prefix(left: Tokens[int], right: Tokens[int], limit: int) -> int:
@@ -80,10 +86,11 @@ def hole(active: Tokens[int]) -> tuple[int, int] | None:
 
 
 class Slots:
-    """All slots of an engine."""
+    """All slots of an engine, and the rule by which their prompts are computed in tiles."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, tiles: Tiles | None = None) -> None:
         self.all = [Slot(index) for index in range(count)]
+        self.tiles = Tiles() if tiles is None else tiles
         self._tick = 0
 
     @property
@@ -91,8 +98,10 @@ class Slots:
         """Numbers of the busy slots, ascending."""
         return [slot.index for slot in self.all if slot.busy]
 
-    def place(self, prompt: list[int]) -> Placement | None:
+    def place(self, prompt: list[int], spans: Spans = ()) -> Placement | None:
         """Choose a slot for a prompt of at least one token; None: none is free, or it pays to wait.
+
+        Its `spans` are to be computed in whole tiles.
 
         At least two tokens are left to compute where there are two: a single row is rounded in
         another way than several (design, section 8), and the logits of the last are needed.
@@ -113,9 +122,12 @@ class Slots:
         if coming >= reuse + _DEFER_GAIN:
             return None
         target = self._target(idle, computed)
-        if target is source or computed[target.index] + LEAST_COPY > reuse:
-            return Placement(target.index, target.index, computed[target.index])
-        return Placement(target.index, source.index, reuse)
+        if computed[target.index] + LEAST_COPY > reuse:
+            source, reuse = target, computed[target.index]
+        reuse, spans = self.tiles.reuse(reuse, source.spans, spans)
+        if not reuse:
+            source = target
+        return Placement(target.index, source.index, reuse, spans)
 
     def _target(self, idle: list[Slot], computed: dict[int, int]) -> Slot:
         active = self.active
@@ -151,6 +163,7 @@ class Slots:
         slot = self.all[placement.slot]
         slot.tokens = list(tokens)
         slot.cached = placement.reuse
+        slot.spans = placement.spans
         slot.prompt_size = len(tokens) if prompt_size is None else prompt_size
         slot.busy = True
         self._touch(slot)
@@ -170,6 +183,7 @@ class Slots:
         old, new = self.all[source], self.all[target]
         old.tokens, new.tokens = new.tokens, old.tokens
         old.cached, new.cached = new.cached, old.cached
+        old.spans, new.spans = new.spans, old.spans
         old.prompt_size, new.prompt_size = new.prompt_size, old.prompt_size
         old.busy, new.busy = new.busy, old.busy
         old.used, new.used = new.used, old.used
