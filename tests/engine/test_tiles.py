@@ -24,7 +24,7 @@ SIZE = 200
 TOKENS = [random.Random(1).randrange(1_000, 40_000) for _ in range(1_000)]
 
 
-@pytest.fixture(scope="module", params=["Q4_1", "Q4_0"])
+@pytest.fixture(scope="module", params=["Q4_0", pytest.param("Q4_1", marks=pytest.mark.slow)])
 def context(request, tmp_path_factory) -> Context:
     folder = tmp_path_factory.mktemp("tiles")
     path = packaged_model() if request.param == "Q4_1" else smollm2_q4_0(folder)
