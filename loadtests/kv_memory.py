@@ -16,8 +16,8 @@ import uvloop
 from cyclopts.validators import Number
 
 from loadtests.figures import markdown
+from loadtests.memory_growth import memory_of
 from loadtests.overwriting import SIZE, overwrite
-from loadtests.soak_memory import memory_of
 from shared.broker import Identity, NatsServer
 from shared.bus import Bus
 from shared.kv import WORKERS, Kv

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from loadtests.soak_memory import growths, report, soak
+from loadtests.memory_growth import growths, report
+from loadtests.soak_memory import soak
 
 pytestmark = [pytest.mark.soak, pytest.mark.model, pytest.mark.nats, pytest.mark.timeout(3 * 3600)]
 

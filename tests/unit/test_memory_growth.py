@@ -6,19 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtests.soak_memory import (
+from loadtests.memory_growth import (
     JUDGED,
     Memory,
     Open,
     Sample,
     growths,
-    main,
     memory_of,
     open_of,
     report,
     spark,
     too_short,
 )
+from loadtests.soak_memory import main
 
 MB = 1_000_000
 

@@ -39,7 +39,7 @@ pieces of 8 prompts of 1,500 tokens beside four streams came faster than they we
 streams were slower too (docs/benchmarks.md). What a short prompt adds to a few steps is little."""
 REPLAY_ROWS = 63
 """Rows of a resumed answer's own tokens that are computed together at most."""
-MOST_ROWS = 1 << 30
+_NO_BOUND = 1 << 30
 """More than any step has."""
 FIRST_PREFILL = 128
 """Rows of the first prefill, from which the speed is learnt."""
@@ -230,7 +230,7 @@ def stretch(cached: int, prompt_size: int, total: int) -> int:
     return REPLAY_ROWS - 1 if left == REPLAY_ROWS + 1 else REPLAY_ROWS
 
 
-def plan(remaining: Sequence[int], budget: int, most: int = MOST_ROWS) -> list[int]:
+def plan(remaining: Sequence[int], budget: int, most: int = _NO_BOUND) -> list[int]:
     """Rows for each sequence, given the `stretch` each has yet to compute, in order of age.
 
     A sequence with one token left is decoding and always gets its row, one with none gets nothing.

@@ -9,6 +9,7 @@ follow, so that a conversation's next turn finds it as it wants it.
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 __all__ = ("Ahead", "Reuse", "Spans", "Tiles", "ahead", "cut", "tiled")
@@ -98,9 +99,7 @@ class Tiles:
         begin = _boundary(same, wanted, tile)
         if there - begin < tile:
             return Reuse(begin, _joined(cut(have, begin), _behind(wanted, begin, tile)))
-        for first, _ in wanted:
-            if first == there + 1:
-                there -= 1
+        there = _in_company(there, wanted)
         return Reuse(there, _joined(cut(have, there), _behind(wanted, there, tile)))
 
 
@@ -117,7 +116,7 @@ def _joined(before: Spans, after: Spans) -> Spans:
 
 def _same(left: Spans, right: Spans, end: int) -> int:
     """Up to where both compute all rows before `end` alike."""
-    for mine, other in zip(sum(left, ()), sum(right, ()), strict=False):
+    for mine, other in zip(chain.from_iterable(left), chain.from_iterable(right), strict=False):
         if mine != other:
             return min(mine, other)
     longer = left if len(left) > len(right) else right
@@ -130,9 +129,12 @@ def _boundary(at: int, spans: Spans, tile: int) -> int:
     for first, behind in spans:
         if first < at < behind:
             return at - (at - first) % tile
-        if at + 1 == first:
-            return at - 1
-    return at
+    return _in_company(at, spans)
+
+
+def _in_company(at: int, spans: Spans) -> int:
+    """The same, or one token before, where a row alone would be left in front of a span."""
+    return at - 1 if any(first == at + 1 for first, _ in spans) else at
 
 
 def _behind(spans: Spans, begin: int, tile: int) -> Spans:
