@@ -168,6 +168,8 @@ class Engines:
                 threads=self._threads,
                 draft=str(self._drafts.get(mode, "")),
                 speculation="off" if mode == "off" else "ngram" if mode == "ngram" else "auto",
+                # Else a single stream without drafts would be slower than it need be.
+                batch_invariant="off",
             )
             await driver.start()
             self._exits.push_async_callback(driver.stop)

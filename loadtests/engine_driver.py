@@ -75,6 +75,7 @@ class EngineDriver:
         embeddings: bool = False,
         draft: str = "",
         speculation: Literal["auto", "ngram", "off"] = "auto",
+        batch_invariant: Literal["auto", "on", "off"] = "auto",
         ngram_memory: int = 1 << 20,
         prefix_memory: int = 0,
         command: Sequence[str] = ENGINE_COMMAND,
@@ -94,6 +95,7 @@ class EngineDriver:
             embeddings=embeddings,
             draft=draft,
             speculation=speculation,
+            batch_invariant=batch_invariant,
             ngram_memory=ngram_memory,
             prefix_memory=prefix_memory,
         )

@@ -16,11 +16,13 @@ from shared.protocol import ChatInput, Generate, TextInput
 from worker.engine.batch import Batch
 from worker.engine.constraint import ConstraintCompiler
 from worker.engine.draws import uniform
-from worker.engine.llama import Context, Model, silence
+from worker.engine.invariant_context import make_context
+from worker.engine.llama import Model, silence
 from worker.engine.sampling import Sampler
 from worker.engine.template import FALLBACK_TEMPLATE, ChatTemplate
 from worker.engine.tiles import Tiles, ahead
 from worker.engine.tools import detect_family, tool_constraint
+from worker.link import EngineConfig
 
 __all__ = ("Judge", "draw_gap")
 
@@ -67,11 +69,11 @@ class Judge:
     def __init__(self, path: Path, *, context: int = 1024, threads: int = 1) -> None:
         silence()
         self._model = Model(str(path))
-        self._context = Context(
+        self._context = make_context(
             self._model,
+            EngineConfig(path=str(path), model="", worker="", step_tokens=_ROWS),
             slots=1,
             context=context,
-            step_tokens=_ROWS,
             threads=threads,
             prefill_threads=threads,
         )

@@ -7,6 +7,7 @@
     slots = 8
     draft = "smol-q4"        # a model of this file, a file beside it, or "none"
     speculation = "auto"     # or "ngram" (no draft model), or "off"
+    batch_invariant = "auto" # or "on", or "off"
 
 A file that no entry names is known by its name without `.gguf`. Of a split model the first part
 stands for all. Nothing is opened here but `models.toml` and the templates it names.
@@ -23,6 +24,7 @@ from shared.command_line import Refused
 from worker.hub import PREFIX, HubError, HubSource, parse_source
 
 __all__ = (
+    "BatchInvariance",
     "Catalog",
     "CatalogError",
     "ModelOptions",
@@ -36,6 +38,8 @@ NO_DRAFT = "none"
 
 Speculation = Literal["auto", "ngram", "off"]
 """`auto`: draft model and n-gram lookup; `ngram`: lookup alone."""
+BatchInvariance = Literal["auto", "on", "off"]
+"""Whether tokens are to be the same in any company; `auto`: where the weights have 32 bits."""
 
 _LATER_PART = re.compile(r".+-(?P<number>\d{5})-of-\d{5}\.gguf")
 _FIRST_PART = re.compile(r"(?P<stem>.+)-00001-of-\d{5}")
@@ -66,6 +70,7 @@ class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Name of a model of the catalog, a file beside `models.toml`, or `none`; empty: what is found
     among the files at hand."""
     speculation: Speculation | None = None
+    batch_invariant: BatchInvariance | None = None
 
 
 class ModelSource(msgspec.Struct, frozen=True):

@@ -96,6 +96,8 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config"):
     """Path of the draft model; empty: none."""
     speculation: Literal["auto", "ngram", "off"] = "auto"
     """`auto`: draft model and n-gram lookup; `ngram`: lookup alone."""
+    batch_invariant: Literal["auto", "on", "off"] = "auto"
+    """Whether logits are to be the same in any company; `auto`: where the weights have 32 bits."""
     ngram_memory: int = 1 << 20
     """Tokens kept across requests for n-gram lookup; 0: only a request's own are searched."""
     prefix_memory: int = 0

@@ -93,6 +93,7 @@ async def prepare_part(
         embeddings=options.embeddings and alone,
         # The plan has no room for a draft model.
         speculation="off" if asked == "off" else "ngram",
+        batch_invariant=options.batch_invariant or settings.batch_invariant,
     )
     if alone:
         return config

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from worker.catalog import ModelSource, Speculation
+from worker.catalog import BatchInvariance, ModelSource, Speculation
 from worker.drafts import find_draft, read_candidates
 from worker.engine_process import ENGINE_COMMAND
 from worker.gguf_header import GgufError, Header, estimate_memory, read_header
@@ -40,6 +40,7 @@ class ServingSettings(msgspec.Struct, frozen=True):
     gpu_layers: int | None = None
     """Negative: all; None: as many as fit into what GPUs have free."""
     speculation: Speculation = "auto"
+    batch_invariant: BatchInvariance = "auto"
     prefix_memory: int = 512 << 20
     """Bytes per model for the KV of retired sequences whose slots were needed; 0: none."""
     half: bool = False
@@ -155,6 +156,7 @@ async def prepare(
         embeddings=options.embeddings,
         draft=draft.path if draft is not None and granted.draft else "",
         speculation=speculation,
+        batch_invariant=options.batch_invariant or settings.batch_invariant,
     )
     memory = (granted.model or wanted.wish) + (wanted.draft if granted.draft else 0)
     return Prepared(config, header, memory + granted.prefixes)

@@ -24,6 +24,7 @@ from worker.engine.decoder import Decoder
 from worker.engine.embedding import Embedder
 from worker.engine.gpu import offload
 from worker.engine.intake import Intake, read_message
+from worker.engine.invariant_context import make_context, variance
 from worker.engine.llama import Context, LoadError, Model, silence
 from worker.engine.loop import Loop
 from worker.engine.outbox import Outbox
@@ -80,7 +81,7 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
         progress(_WEIGHTS + (1 - _WEIGHTS) * fraction)
 
     gpu = offload(config, config.path)
-    told, config = config, msgspec.structs.replace(config, gpu_layers=gpu.layers)
+    undecided, config = config, msgspec.structs.replace(config, gpu_layers=gpu.layers)
     model = Model(config.path, gpu_layers=gpu.layers, on_progress=weights)
     asked = asked_of(config)
     context: Decoder
@@ -91,7 +92,7 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
     _prove(model, context, config.step_tokens)
     calibration = calibrated(model, context, config, tell=calibrating).calibration
     context.set_threads(calibration.threads, calibration.prefill_threads)
-    speculator, refusal = make_speculator(told, model, context, calibration)
+    speculator, refusal = make_speculator(undecided, model, context, calibration)
     embedder = Embedder(model, config, context.context, calibration.prefill_threads)
     intake = Intake(link, model, config, context.context)
     loop = Loop(
@@ -106,6 +107,7 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
     )
     # A stage's file is cut from the model's: advice on its format would name what nobody knows.
     advice = advise(config.path, gpu_layers=gpu.layers) if config.ring is None else ""
+    told = (refusal, gpu.advice, variance(model, config), advice)
     link.sendall(
         pack(
             Ready(
@@ -115,7 +117,7 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
                 description=model.description(),
                 load_seconds=round(time.monotonic() - began, 3),
                 embeddings=config.embeddings,
-                advice="; ".join(line for line in (refusal, gpu.advice, advice) if line),
+                advice="; ".join(filter(None, told)),
             )
         )
     )
@@ -145,11 +147,11 @@ def _whole(model: Model, config: EngineConfig, asked: Asked) -> Context:
         memory=config.memory_limit,
         cells=config.kv_tokens,
     )
-    return Context(
+    return make_context(
         model,
+        config,
         slots=config.slots,
         context=fitting,
-        step_tokens=config.step_tokens,
         threads=asked.limit,
         prefill_threads=asked.prefill_threads or asked.limit,
     )

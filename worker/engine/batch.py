@@ -14,22 +14,24 @@ __all__ = ("Batch",)
 class Batch:
     """The arrays of one `llama_batch`, as numpy views; one sequence a row.
 
-    With a `width` it is of activations, in `rows`; else of tokens.
+    With a `width` it is of activations, in `rows`; else of tokens, with as much room again behind
+    them for `repeat`.
     """
 
     def __init__(self, capacity: int, width: int = 0) -> None:
         self.capacity = capacity
-        self.native = ll.llama_batch_init(capacity, width, 1)
+        self._room = room = capacity if width else 2 * capacity
+        self.native = ll.llama_batch_init(room, width, 1)
         if width:
-            flat = _view(self.native.embd, capacity * width, ctypes.c_float)
-            self.rows: NDArray[np.float32] = flat.reshape(capacity, width)
+            flat = _view(self.native.embd, room * width, ctypes.c_float)
+            self.rows: NDArray[np.float32] = flat.reshape(room, width)
         else:
-            self.token = _view(self.native.token, capacity, ctypes.c_int32)
-        self.position = _view(self.native.pos, capacity, ctypes.c_int32)
-        self.output = _view(self.native.logits, capacity, ctypes.c_int8)
-        _view(self.native.n_seq_id, capacity, ctypes.c_int32)[:] = 1
-        self.slot = np.zeros(capacity, dtype=np.int32)
-        for row in range(capacity):
+            self.token = _view(self.native.token, room, ctypes.c_int32)
+        self.position = _view(self.native.pos, room, ctypes.c_int32)
+        self.output = _view(self.native.logits, room, ctypes.c_int8)
+        _view(self.native.n_seq_id, room, ctypes.c_int32)[:] = 1
+        self.slot = np.zeros(room, dtype=np.int32)
+        for row in range(room):
             # every row's list of sequence ids is one cell of `slot`, so a step writes one array
             self.native.seq_id[row] = ctypes.cast(
                 self.slot.ctypes.data + 4 * row, ctypes.POINTER(ctypes.c_int32)
@@ -37,7 +39,7 @@ class Batch:
 
     def close(self) -> None:
         """Free the arrays."""
-        for row in range(self.capacity):
+        for row in range(self._room):
             self.native.seq_id[row] = None  # a cell of `slot`, which is numpy's
         ll.llama_batch_free(self.native)
 
@@ -70,6 +72,13 @@ class Batch:
         self.position[:rows] = positions
         self.output[:rows] = 1
         return rows
+
+    def repeat(self, row: int, behind: int) -> None:
+        """Put a row's token into row `behind` once more, one position on in its slot."""
+        self.token[behind] = self.token[row]
+        self.position[behind] = self.position[row] + 1
+        self.slot[behind] = self.slot[row]
+        self.output[behind] = self.output[row]
 
 
 def _view(pointer: Any, size: int, kind: Any) -> NDArray[Any]:

@@ -21,7 +21,8 @@ from worker.engine.calibration import DEPTH, WIDTHS, Asked, Calibration, calibra
 from worker.engine.calibration_cache import cache_key, load, store, switched_off
 from worker.engine.decoder import Decoder
 from worker.engine.gpu import offload
-from worker.engine.llama import Context, LoadError, Model, silence
+from worker.engine.invariant_context import InvariantContext, make_context
+from worker.engine.llama import LoadError, Model, silence
 from worker.engine.stepper import ContextStepper, run_queue_seconds, spin_rounds
 from worker.link import EngineConfig
 
@@ -88,6 +89,7 @@ def calibrated(
         gpu_layers=config.gpu_layers or 0,
         step_tokens=config.step_tokens,
         poll=poll,
+        batch_invariant=isinstance(context, InvariantContext),
     )
     folder = cache_folder() / "calibration"
     kept = None if fresh else load(key, folder)
@@ -155,11 +157,11 @@ def _load_and_calibrate(config: EngineConfig, *, fresh: bool) -> Report:
     config = msgspec.structs.replace(config, gpu_layers=gpu.layers)
     model = Model(config.path, gpu_layers=gpu.layers, on_progress=loading)
     limit = asked_of(config).limit
-    context = Context(
+    context = make_context(
         model,
+        config,
         slots=1,
         context=2 * (DEPTH + max(WIDTHS)),
-        step_tokens=config.step_tokens,
         threads=limit,
         prefill_threads=limit,
     )

@@ -20,7 +20,7 @@ from worker.engine.calibration import Asked, Calibration
 
 __all__ = ("CacheKey", "cache_key", "load", "store", "switched_off")
 
-FORMAT = 1
+FORMAT = 2
 """To be raised when a calibration is measured in another way than before."""
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -43,6 +43,7 @@ class CacheKey(msgspec.Struct, frozen=True):
     """Names of those that compute; none if they do not."""
     step_tokens: int
     poll: int
+    batch_invariant: bool
     llama: str
     """Version of llama-cpp-python."""
     format: int = FORMAT
@@ -62,7 +63,13 @@ def switched_off() -> bool:
 
 
 def cache_key(
-    model: Path, asked: Asked, *, gpu_layers: int, step_tokens: int, poll: int
+    model: Path,
+    asked: Asked,
+    *,
+    gpu_layers: int,
+    step_tokens: int,
+    poll: int,
+    batch_invariant: bool = False,
 ) -> CacheKey:
     """The key of a model file on this machine.
 
@@ -81,6 +88,7 @@ def cache_key(
         gpus=tuple(gpu.name for gpu in hardware.gpus()) if gpu_layers else (),
         step_tokens=step_tokens,
         poll=poll,
+        batch_invariant=batch_invariant,
         llama=version("llama-cpp-python"),
     )
 

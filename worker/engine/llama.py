@@ -26,7 +26,7 @@ FLASH_ATTENTION_TILE: Final = 64
 (`ggml_compute_forward_flash_attn_ext_f16`): behind 1,500 tokens 64 rows then take as long as 32,
 and are rounded otherwise, by up to 0.9 in a logit. On either side of it every row is bit by bit
 what it is in any other number of rows and in any company (`tests/engine/test_tiles.py`)."""
-ALL_F32: Final = "0"
+_ALL_F32: Final = "0"
 """`general.file_type` of a GGUF whose weights have 32 bits: llama.cpp's `enum llama_ftype`."""
 POOLING_NONE: Final = 0
 INTERRUPTED: Final = 2
@@ -103,12 +103,17 @@ class Model:
         self.vocab_size = int(ll.llama_vocab_n_tokens(self.vocab))
         self.trained_context = int(ll.llama_model_n_ctx_train(self.handle))
         self.embedding_size = int(ll.llama_model_n_embd(self.handle))
+        self.all_f32 = self.metadata("general.file_type") == _ALL_F32
         self.bos = int(ll.llama_vocab_bos(self.vocab))
         self.eos = int(ll.llama_vocab_eos(self.vocab))
         self.adds_bos = bool(ll.llama_vocab_get_add_bos(self.vocab))
         self.end_tokens = frozenset(
             t for t in range(self.vocab_size) if ll.llama_vocab_is_eog(self.vocab, t)
         )
+        self.keeps_state = bool(
+            ll.llama_model_is_recurrent(self.handle) or ll.llama_model_is_hybrid(self.handle)
+        )
+        """Of a kind that cannot go back behind a token."""
         self.has_encoder = bool(ll.llama_model_has_encoder(self.handle))
         self.has_decoder = bool(ll.llama_model_has_decoder(self.handle))
 
@@ -177,6 +182,9 @@ def _pointer(data: NDArray[np.uint8]) -> Any:
 class Context:
     """KV cache and compute buffers for `slots` sequences of at most `context` tokens each.
 
+    With `batch_invariant`, several rows of a sequence are rounded as one of each of several, and a
+    step has room for twice `step_tokens` rows; see `InvariantContext`, which needs both.
+
     Raises:
         LoadError: there is no memory for it, or the model cannot be run so.
     """
@@ -193,6 +201,7 @@ class Context:
         embeddings: bool = False,
         whole_inputs: bool = False,
         watch: Any = None,
+        batch_invariant: bool = False,
     ) -> None:
         params = ll.llama_context_default_params()
         if watch is not None:
@@ -203,9 +212,12 @@ class Context:
         params.n_threads = threads
         params.n_threads_batch = prefill_threads
         params.kv_unified = False
-        if model.metadata("general.file_type") == ALL_F32:
+        if batch_invariant:
+            params.n_batch = 2 * params.n_ubatch
+            params.flash_attn_type = FLASH_ATTENTION_ON
+        elif model.all_f32:
             # A cache as exact as the weights: with 16 bits in it, or in flash attention, logits
-            # differ by 0.007 between a row alone and several rows, without by 0.00002.
+            # differ by 0.01 between a row alone and several rows, without by 0.0002.
             params.type_k = params.type_v = ll.GGML_TYPE_F32
             params.flash_attn_type = FLASH_ATTENTION_OFF
         else:
@@ -220,9 +232,7 @@ class Context:
         self._model = model
         self._memory = ll.llama_get_memory(self.handle)
         # A state that cannot go back behind a token would be in doubt.
-        self._may_interrupt = not (
-            ll.llama_model_is_recurrent(model.handle) or ll.llama_model_is_hybrid(model.handle)
-        )
+        self._may_interrupt = not model.keeps_state
         self._interrupt = ctypes.create_string_buffer(2)
         ll.llama_set_abort_callback(
             self.handle, _is_set, ctypes.cast(self._interrupt, ctypes.c_void_p)
@@ -232,7 +242,7 @@ class Context:
         cpu = self._may_interrupt and not model.gpu_layers
         flash = params.flash_attn_type == FLASH_ATTENTION_ON
         self.tile = FLASH_ATTENTION_TILE if cpu and flash else 0
-        self.together = int(params.n_batch)
+        self.together = int(params.n_ubatch)
         self.slots = slots
         self.lanes = 1
         self.latency = 0.0
