@@ -199,6 +199,8 @@ class _Round:
 
     def _release(self, model: str, worker: str, number: float, reason: str) -> None:
         self._leaving.add((worker, model))
+        # What makes room is not claimed first, where its lease was lost.
+        self._actions = [a for a in self._actions if (a.worker, a.model) != (worker, model)]
         self._act("demote", worker, model, -1 if number == _NO_LEASE else int(number), reason)
 
     def _act(self, kind: Kind, worker: str, model: str, replica: int, reason: str) -> None:

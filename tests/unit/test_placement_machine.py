@@ -136,7 +136,8 @@ class PlacementMachine(RuleBasedStateMachine):
 
     def enough_are_left(self, model, replicas, snapshot: Snapshot, decision: Decision) -> None:
         """Nothing goes below its minimum, and of what is in use one stays."""
-        gone = {a.worker for a in decision.actions if a.kind == "demote" and a.model == model}
+        demoted = [a for a in decision.actions if a.kind == "demote" and a.model == model]
+        gone = {action.worker for action in demoted}
         left = [replica for replica in replicas if replica.worker not in gone]
         wanted = decision.wants[model]
         assert len(left) >= min(self.floor(model, wanted), len(replicas))
@@ -145,10 +146,7 @@ class PlacementMachine(RuleBasedStateMachine):
             assert left
             assert left[0].ready
         if wanted.replicas >= len(replicas):
-            assert (
-                all(a.reason.startswith("makes room") for a in decision.actions if a.worker in gone)
-                or not gone
-            )
+            assert all(action.reason.startswith("makes room") for action in demoted)
 
     def minimums_are_kept_where_memory_allows(self, snapshot: Snapshot) -> None:
         """A model below its minimum has no worker that could take it as things stand."""

@@ -225,3 +225,18 @@ def test_a_second_replica_makes_room_only_where_the_first_one_serves(first, make
     }
     actions = decide(two_replicas(first, "ready", demand=demand), START).actions
     assert [(action.kind, action.worker) for action in actions] == [("demote", "w2")] * makes_room
+
+
+def test_what_makes_room_is_not_adopted_as_well():
+    fleet = full_of_a_and_b()
+    fleet.leave("b")
+    fleet.pass_time(EVICT_AFTER)
+    fleet.leases.clear()
+    fleet.ask("c")
+    actions = decide(fleet.snapshot(), fleet.now).actions
+    assert sorted((action.kind, action.model) for action in actions) == [
+        ("adopt", "a"),
+        ("demote", "b"),
+    ]
+    fleet.settle()
+    assert (fleet.count("a"), fleet.count("b"), fleet.count("c")) == (1, 0, 1)
