@@ -1,9 +1,16 @@
 """Which rows are computed besides, so that none is alone in a pass of llama.cpp."""
 
+from types import SimpleNamespace
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.engine.batch_invariance import Beside, beside, passes
+from worker.engine.invariant_context import variance
+from worker.link import EngineConfig, RingPlace
+
+RING = RingPlace("g", ("w", "v"), 0, "nats://u:p@127.0.0.1:1", "u")
 
 
 def rows_of(counts: dict[int, int]) -> list[int]:
@@ -63,3 +70,22 @@ def test_then_no_row_and_no_logits_are_alone(counts, data) -> None:
         assert len(rows) > 1
         assert sum(asked[row] for row in rows) != 1
     assert all(not outputs[row] for row in found.outputs)
+
+
+@pytest.mark.parametrize(
+    ("asked", "fields", "ring", "told"),
+    [
+        ("on", {}, None, ""),
+        ("on", {"gpu_layers": 3}, None, "on a GPU"),
+        ("on", {"keeps_state": True}, None, "a recurrent state"),
+        ("on", {}, RING, "several workers"),
+        ("auto", {"gpu_layers": 3}, None, ""),
+        ("off", {"gpu_layers": 3}, RING, ""),
+    ],
+)
+def test_where_it_was_asked_for_and_cannot_be_that_is_told(asked, fields, ring, told) -> None:
+    model = SimpleNamespace(**{"gpu_layers": 0, "keeps_state": False, **fields})
+    config = EngineConfig("m.gguf", "m", "w", batch_invariant=asked, ring=ring)
+
+    assert told in variance(model, config)
+    assert bool(told) == bool(variance(model, config))

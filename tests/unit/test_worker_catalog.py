@@ -71,13 +71,15 @@ def test_a_draft_is_a_model_a_file_or_none(folder: Path):
         folder,
         '[models.x]\nfile = "a.gguf"\ndraft = "y2"\n'
         '[models.y]\nfile = "hf:o/r:y.gguf"\naliases = ["y2"]\ndraft = "drafts/d.gguf"\n'
-        '[models.z]\nfile = "hf:o/r:z.gguf"\ndraft = "none"\nspeculation = "ngram"\n',
+        '[models.z]\nfile = "hf:o/r:z.gguf"\ndraft = "none"\nspeculation = "ngram"\n'
+        'batch_invariant = "on"\n',
     )
     chosen = {model.name: model for model in read_catalog(folder).choose(())}
     assert chosen["x"].draft == HubSource("o/r", "y.gguf")
     assert chosen["y"].draft == folder / "drafts/d.gguf"
     assert chosen["z"].draft is None
     assert chosen["z"].options.speculation == "ngram"
+    assert [chosen[name].options.batch_invariant for name in "xz"] == [None, "on"]
     assert [chosen[name].candidates for name in "xyz"] == [(), (), ()]
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import worker.cli
 from worker.agent import AgentSettings
+from worker.preparing import ServingSettings
 
 
 @pytest.fixture
@@ -70,11 +71,28 @@ def test_speculation_is_on_unless_told_otherwise(asked: list[AgentSettings], fol
     assert asked[0].serving.speculation == "auto"
 
 
-def test_what_it_may_be_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert worker.cli.main(["--models", str(folder), "--speculation", "on"]) == 2
+@pytest.mark.parametrize("wanted", ["auto", "on", "off"])
+def test_batch_invariance(asked: list[AgentSettings], folder: Path, wanted: str) -> None:
+    assert worker.cli.main(["--models", str(folder), "--batch-invariant", wanted]) == 0
+    assert asked[0].serving.batch_invariant == wanted
+    assert ServingSettings().batch_invariant == "auto"
+
+
+@pytest.mark.parametrize(
+    ("flag", "wrong", "right"),
+    [("--speculation", "on", ("ngram", "off")), ("--batch-invariant", "yes", ("on", "off"))],
+)
+def test_what_they_may_be_is_told(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    flag: str,
+    wrong: str,
+    right: tuple[str, str],
+) -> None:
+    assert worker.cli.main(["--models", str(folder), flag, wrong]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
-    assert all(word in told for word in ("mesh-worker: ", "--speculation", "ngram", "off"))
+    assert all(word in told for word in ("mesh-worker: ", flag, *right))
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,15 @@ async def test_prefixes_get_what_the_model_leaves_of_its_memory(
     assert (config.prefix_memory, config.memory_limit) == (wanted, wish + min(0, beyond_wish))
 
 
+async def test_a_model_may_be_batch_invariant_where_others_are_not(folder: Path, prepared):
+    (folder / "models.toml").write_text(
+        '[models.x]\nfile = "big.gguf"\nbatch_invariant = "on"\n[models.y]\nfile = "small.gguf"\n'
+    )
+    settings = ServingSettings(slots=2, context=256, batch_invariant="off")
+    found = [(await prepared(name, settings)).config.batch_invariant for name in "xy"]
+    assert found == ["on", "off"]
+
+
 async def test_prefixes_get_all_they_wish_where_memory_is_unlimited(prepared):
     config = (await prepared()).config
     assert (config.prefix_memory, config.memory_limit) == (512 << 20, 0)
