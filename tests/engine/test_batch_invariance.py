@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from asking import frames_of, request, tokens_of
@@ -37,7 +38,7 @@ def model(request, tmp_path_factory) -> Model:
 @pytest.fixture(scope="module")
 def context(model) -> InvariantContext:
     return InvariantContext(
-        model, slots=4, context=512, step_tokens=128, threads=2, prefill_threads=2
+        model, slots=5, context=300, step_tokens=128, threads=2, prefill_threads=2
     )
 
 
@@ -60,12 +61,28 @@ def cached(context: Context, tokens: dict[int, int]) -> None:
             step(context, {slot: (min(50, count - begin), begin)})
 
 
+def ends(context: Context, slot: int) -> int:
+    """Tokens in a slot's cache."""
+    memory = llama_cpp.llama_get_memory(context.handle)
+    return int(llama_cpp.llama_memory_seq_pos_max(memory, slot)) + 1
+
+
 def last(
     context: Context, behind: int, others: dict[int, int], *, own: int = 1
 ) -> NDArray[np.float32]:
-    """Logits of a row of slot 1 behind so many tokens, the last ones of which are in its step."""
+    """Logits of a row of slot 1 behind so many tokens, the last ones of which are in its step.
+
+    Others have 20 tokens before their rows. All but the last ten tokens are taken from slot 4.
+    """
+    if ends(context, 4) != behind - 10:
+        cached(context, {4: behind - 10})
+    for slot in range(4):
+        context.forget(slot)
+    assert context.copy(4, 1)
     before = behind + 1 - own
-    cached(context, {1: before, **dict.fromkeys(others, 20)})
+    for slot in others:
+        step(context, {slot: (20, 0)})
+    step(context, {1: (before - (behind - 10), behind - 10)})
     rows = {1: (own, before), **{slot: (count, 20) for slot, count in others.items()}}
     return step(context, dict(sorted(rows.items())))[1]
 
@@ -104,7 +121,7 @@ def test_the_last_token_of_all_has_no_room_for_another_behind_it(context) -> Non
 
 def test_without_it_a_row_alone_differs(model) -> None:
     """Else there would be no need of it."""
-    plain = Context(model, slots=4, context=512, step_tokens=128, threads=2, prefill_threads=2)
+    plain = Context(model, slots=5, context=300, step_tokens=128, threads=2, prefill_threads=2)
     behind = FLASH_ATTENTION_SPLIT + 1
 
     assert not np.array_equal(last(plain, behind, {2: 1}), last(plain, behind, {}))
