@@ -41,6 +41,7 @@ from shared.protocol import (
     Tool,
     ToolChoice,
 )
+from worker.catalog import BatchInvariance
 
 __all__ = ("Answer", "Difference", "Kind", "answer", "compare", "streams")
 
@@ -256,7 +257,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 @asynccontextmanager
 async def engines(
-    model: Path, draft: Path | None, speculation: Literal["auto", "ngram"], threads: int
+    model: Path,
+    draft: Path | None,
+    speculation: Literal["auto", "ngram"],
+    threads: int,
+    batch_invariant: BatchInvariance,
 ) -> AsyncIterator[tuple[EngineDriver, EngineDriver]]:
     """One engine without speculation and one with it."""
 
@@ -268,6 +273,7 @@ async def engines(
             threads=threads,
             speculation=mode,
             draft=str(drafter or ""),
+            batch_invariant=batch_invariant,
         )
 
     plain, speculating = engine("off", None), engine(speculation, draft)
@@ -288,12 +294,14 @@ async def check(
     count: int,
     tokens: int,
     threads: int = 1,
+    batch_invariant: BatchInvariance = "auto",
 ) -> list[Outcome]:
     """Ask all streams of both engines; tells each difference on stderr as it is found."""
     outcomes = []
-    judge = Judge(model, context=CONTEXT, threads=threads)
+    judge = Judge(model, context=CONTEXT, threads=threads, batch_invariant=batch_invariant)
+    both = engines(model, draft, speculation, threads, batch_invariant)
     try:
-        async with engines(model, draft, speculation, threads) as (plain, speculating):
+        async with both as (plain, speculating):
             for kind, request in streams(count, tokens):
                 one, other = await answer(plain, request), await answer(speculating, request)
                 differences = compare(request, one, other, judge)
@@ -340,6 +348,7 @@ def main(
     threads: int = 1,
     equal: float = 0.98,
     near: float = 0.1,
+    batch_invariant: BatchInvariance = "auto",
     models: Path | None = None,
     json_file: Annotated[Path | None, cyclopts.Parameter(name="--json")] = None,
 ) -> None:
@@ -354,6 +363,7 @@ def main(
         threads: threads of the engines
         equal: the share of streams that must be equal
         near: the largest gap, in logits, at which two streams may part
+        batch_invariant: as of `mesh-worker`
         models: where the model files are made and found again (630 MB); default a temporary folder
         json_file: where to write every stream's outcome, a line each
     """
@@ -369,6 +379,7 @@ def main(
                 count=count,
                 tokens=tokens,
                 threads=threads,
+                batch_invariant=batch_invariant,
             )
         )
     if json_file is not None:

@@ -23,6 +23,7 @@ from shared.protocol import (
     decode_frames,
     encode,
 )
+from worker.catalog import BatchInvariance
 from worker.engine_process import ENGINE_COMMAND, tied
 from worker.link import (
     LENGTH,
@@ -75,7 +76,7 @@ class EngineDriver:
         embeddings: bool = False,
         draft: str = "",
         speculation: Literal["auto", "ngram", "off"] = "auto",
-        batch_invariant: Literal["auto", "on", "off"] = "auto",
+        batch_invariant: BatchInvariance = "auto",
         ngram_memory: int = 1 << 20,
         prefix_memory: int = 0,
         command: Sequence[str] = ENGINE_COMMAND,

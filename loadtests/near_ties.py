@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.protocol import ChatInput, Generate, TextInput
+from worker.catalog import BatchInvariance
 from worker.engine.batch import Batch
 from worker.engine.constraint import ConstraintCompiler
 from worker.engine.draws import uniform
@@ -66,12 +67,19 @@ class Judge:
     are judged as if they did not.
     """
 
-    def __init__(self, path: Path, *, context: int = 1024, threads: int = 1) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        context: int = 1024,
+        threads: int = 1,
+        batch_invariant: BatchInvariance = "auto",
+    ) -> None:
         silence()
         self._model = Model(str(path))
         self._context = make_context(
             self._model,
-            EngineConfig(path=str(path), model="", worker="", step_tokens=_ROWS),
+            EngineConfig(str(path), "", "", step_tokens=_ROWS, batch_invariant=batch_invariant),
             slots=1,
             context=context,
             threads=threads,
