@@ -33,9 +33,9 @@ class Crowd:
 
         Raises:
             RuntimeError: one failed.
-            TimeoutError: they took more than a minute, and a second each.
+            TimeoutError: they took more than a minute, and three seconds each.
         """
-        async with asyncio.timeout(60 + len(self._connections)):
+        async with asyncio.timeout(60 + 3 * len(self._connections)):
             for connection in self._connections:
                 while connection.reader is None or not connection.reader.reply.first:
                     if self.errors:
