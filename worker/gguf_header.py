@@ -61,7 +61,7 @@ class Header(msgspec.Struct, frozen=True):
     value_length: int
     kv_bytes_per_token: int
     """With 16-bit keys and values (32-bit ones where the weights are), all layers together; an
-    upper bound where a window slides."""
+    upper bound where a window slides, and of 32-bit weights that are batch-invariant."""
     vocabulary: int
     experts: int
     chat_template: bool

@@ -182,8 +182,9 @@ def _pointer(data: NDArray[np.uint8]) -> Any:
 class Context:
     """KV cache and compute buffers for `slots` sequences of at most `context` tokens each.
 
-    With `batch_invariant`, several rows of a sequence are rounded as one of each of several, and a
-    step has room for twice `step_tokens` rows; see `InvariantContext`, which needs both.
+    With `batch_invariant`, keys and values have 16 bits whatever the weights, several rows of a
+    sequence are rounded as one of each of several, and a step has room for twice `step_tokens`
+    rows: `InvariantContext` needs all three.
 
     Raises:
         LoadError: there is no memory for it, or the model cannot be run so.
