@@ -43,7 +43,7 @@ TELLS: dict[Kind, str] = {
 }
 PATIENCE = 10.0
 """Seconds after which what is measured has failed."""
-SETTLING = 60.0
+SETTLING = 120.0
 """Seconds that a client's first tokens may take: beside 200 streams a step takes more than one."""
 WORDS = ("river", "stone", "market", "engine", "garden", "window", "letter", "system", "bridge")
 PREFILL_WORDS = 1200
@@ -162,18 +162,15 @@ class BenchCancel:
         """Tokens that those who leave ask for: more than they wait for."""
         self.crowd = Crowd(target, self._next)
         self._answers = answers
-        self._begun = 0
         self.samples: list[Sample] = []
         self._random = random.Random(1)
         self._number = 0
 
     def _next(self) -> bytes:
-        """The crowd's next request. The first ones end one after the other: where all streams end
-        and begin together, who comes has to wait for all their prompts.
+        """The crowd's next request. All are as long: they begin one after the other, as their
+        prompts are computed, and so end one after the other.
         """
-        self._begun += 1
-        share = min(1.0, self._begun / max(1, self.busy))
-        return self.request(max(1, round(share * self._answers)))
+        return self.request(self._answers)
 
     def request(self, tokens: int, *, stream: bool = True, words: int = 12) -> bytes:
         draw = self._random
