@@ -141,7 +141,11 @@ class _Round:
         pinned = sorted(self._pinned())
         if pinned or any(wanted.replicas > wanted.present for wanted in self._wants.values()):
             self._place_all(pinned)
-        return Decision(self._wants, tuple(self._actions))
+        return Decision(self._wants, tuple(filter(self._stands, self._actions)))
+
+    def _stands(self, action: Action) -> bool:
+        """Not so where a lease is to be claimed for what was found, later, to make room."""
+        return action.kind != "adopt" or (action.worker, action.model) not in self._leaving
 
     def _settings(self, model: str) -> ModelSettings:
         return self._snapshot.settings.get(model) or ModelSettings(model)
@@ -199,8 +203,6 @@ class _Round:
 
     def _release(self, model: str, worker: str, number: float, reason: str) -> None:
         self._leaving.add((worker, model))
-        # What makes room is not claimed first, where its lease was lost.
-        self._actions = [a for a in self._actions if (a.worker, a.model) != (worker, model)]
         self._act("demote", worker, model, -1 if number == _NO_LEASE else int(number), reason)
 
     def _act(self, kind: Kind, worker: str, model: str, replica: int, reason: str) -> None:
