@@ -43,7 +43,7 @@ TELLS: dict[Kind, str] = {
 }
 PATIENCE = 10.0
 """Seconds after which what is measured has failed."""
-SETTLING = 120.0
+SETTLING = 60.0
 """Seconds that a client's first tokens may take: beside 200 streams a step takes more than one."""
 WORDS = ("river", "stone", "market", "engine", "garden", "window", "letter", "system", "bridge")
 PREFILL_WORDS = 1200
