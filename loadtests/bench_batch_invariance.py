@@ -10,19 +10,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Literal
 
 import cyclopts
 import numpy as np
 
 from loadtests.figures import markdown, median_and_range
-from loadtests.stack import smollm2, smollm2_f32, smollm2_q4_0
+from loadtests.rings import Target, model_file
 from worker.engine.batch import Batch
 from worker.engine.invariant_context import make_context
 from worker.engine.llama import Context, Model, silence
 from worker.link import EngineConfig
-
-Format = Literal["Q4_0", "Q4_1", "F32"]
 
 _STEPS = 6
 _PIECE = 60
@@ -53,6 +50,7 @@ class Steps:
     def close(self) -> None:
         """Free the context."""
         self._context.close()
+        self._batch.close()
 
     def seconds(self, streams: int) -> float:
         """Of a step with a row of so many streams."""
@@ -107,7 +105,7 @@ def compare(
                 str(count),
                 *(f"{statistics.median(each) * 1e3:.1f}" for each in taken),
                 median_and_range(ratios),
-                *(f"{each.difference():.4f}" if count == 1 else "" for each in both),
+                *(f"{each.difference():.2g}" if count == 1 else "" for each in both),
             ]
         )
     for each in both:
@@ -118,7 +116,7 @@ def compare(
 
 def main(
     *,
-    formats: tuple[Format, ...] = ("Q4_0", "Q4_1", "F32"),
+    formats: tuple[Target, ...] = ("Q4_0", "Q4_1", "F32"),
     streams: tuple[int, ...] = (1, 4, 16),
     depth: tuple[int, ...] = (100, 600),
     threads: tuple[int, ...] = (1, 2),
@@ -140,11 +138,10 @@ def main(
         Repetitions of each figure.
     """
     silence()
-    files = {"Q4_1": lambda _: smollm2(), "Q4_0": smollm2_q4_0, "F32": smollm2_f32}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for form, count, tokens in itertools.product(formats, threads, depth):
-            path = files[form](Path(folder))
+            path = model_file(form, Path(folder))
             found = compare(path, streams, depth=tokens, threads=count, reps=reps)
             for row in found:
                 print(" ".join(row), file=sys.stderr, flush=True)

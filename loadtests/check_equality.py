@@ -41,7 +41,7 @@ from shared.protocol import (
     Tool,
     ToolChoice,
 )
-from worker.catalog import BatchInvariance
+from worker.link import BatchInvariance
 
 __all__ = ("Answer", "Difference", "Kind", "answer", "compare", "streams")
 

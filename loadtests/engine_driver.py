@@ -23,10 +23,10 @@ from shared.protocol import (
     decode_frames,
     encode,
 )
-from worker.catalog import BatchInvariance
 from worker.engine_process import ENGINE_COMMAND, tied
 from worker.link import (
     LENGTH,
+    BatchInvariance,
     CancelAttempts,
     EngineConfig,
     EngineStats,

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.protocol import ChatInput, Generate, TextInput
-from worker.catalog import BatchInvariance
 from worker.engine.batch import Batch
 from worker.engine.constraint import ConstraintCompiler
 from worker.engine.draws import uniform
@@ -23,7 +22,7 @@ from worker.engine.sampling import Sampler
 from worker.engine.template import FALLBACK_TEMPLATE, ChatTemplate
 from worker.engine.tiles import Tiles, ahead
 from worker.engine.tools import detect_family, tool_constraint
-from worker.link import EngineConfig
+from worker.link import BatchInvariance, EngineConfig
 
 __all__ = ("Judge", "draw_gap")
 

@@ -22,9 +22,9 @@ import msgspec
 
 from shared.command_line import Refused
 from worker.hub import PREFIX, HubError, HubSource, parse_source
+from worker.link import BatchInvariance
 
 __all__ = (
-    "BatchInvariance",
     "Catalog",
     "CatalogError",
     "ModelOptions",
@@ -38,8 +38,6 @@ NO_DRAFT = "none"
 
 Speculation = Literal["auto", "ngram", "off"]
 """`auto`: draft model and n-gram lookup; `ngram`: lookup alone."""
-BatchInvariance = Literal["auto", "on", "off"]
-"""Whether tokens are to be the same in any company; `auto`: where the weights have 32 bits."""
 
 _LATER_PART = re.compile(r".+-(?P<number>\d{5})-of-\d{5}\.gguf")
 _FIRST_PART = re.compile(r"(?P<stem>.+)-00001-of-\d{5}")

@@ -29,8 +29,9 @@ from shared.command_line import (
 from shared.replicas import DEFAULT_TIMING
 from shared.sizes import parse_size
 from worker.agent import Agent, AgentSettings
-from worker.catalog import BatchInvariance, ModelSource, Speculation, read_catalog
+from worker.catalog import ModelSource, Speculation, read_catalog
 from worker.engine_process import ENGINE_COMMAND
+from worker.link import BatchInvariance
 from worker.preparing import ServingSettings
 
 __all__ = ("app", "main")

@@ -13,6 +13,7 @@ import msgspec
 __all__ = (
     "LENGTH",
     "MOST_CONTEXT",
+    "BatchInvariance",
     "CancelAttempts",
     "EngineConfig",
     "EngineStats",
@@ -38,6 +39,9 @@ LENGTH = struct.Struct("<I")
 
 MOST_CONTEXT = 4096
 """Tokens a sequence gets by default at most, however long the model was trained."""
+
+BatchInvariance = Literal["auto", "on", "off"]
+"""Whether logits are to be the same in any company; `auto`: where the weights have 32 bits."""
 
 
 class RingPlace(msgspec.Struct, frozen=True):
@@ -96,8 +100,7 @@ class EngineConfig(msgspec.Struct, frozen=True, tag="config"):
     """Path of the draft model; empty: none."""
     speculation: Literal["auto", "ngram", "off"] = "auto"
     """`auto`: draft model and n-gram lookup; `ngram`: lookup alone."""
-    batch_invariant: Literal["auto", "on", "off"] = "auto"
-    """Whether logits are to be the same in any company; `auto`: where the weights have 32 bits."""
+    batch_invariant: BatchInvariance = "auto"
     ngram_memory: int = 1 << 20
     """Tokens kept across requests for n-gram lookup; 0: only a request's own are searched."""
     prefix_memory: int = 0

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from worker.catalog import BatchInvariance, ModelSource, Speculation
+from worker.catalog import ModelSource, Speculation
 from worker.drafts import find_draft, read_candidates
 from worker.engine_process import ENGINE_COMMAND
 from worker.gguf_header import GgufError, Header, estimate_memory, read_header
 from worker.hub import HubError, HubSource, fetch
-from worker.link import MOST_CONTEXT, EngineConfig
+from worker.link import MOST_CONTEXT, BatchInvariance, EngineConfig
 from worker.memory_budget import MemoryBudget, NotEnoughMemory
 
 __all__ = ("Need", "Prepared", "ServingSettings", "need", "prepare")

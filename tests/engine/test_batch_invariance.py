@@ -12,7 +12,8 @@ from asking import frames_of, request, tokens_of
 from engine_driver import EngineDriver
 from numpy.typing import NDArray
 
-from loadtests.stack import smollm2_f32, smollm2_q4_0
+from loadtests.rings import model_file
+from loadtests.stack import smollm2_f32
 from shared.protocol import Resumed, Sampling
 from worker.engine.batch import Batch
 from worker.engine.invariant_context import (
@@ -27,12 +28,11 @@ from worker.link import EngineConfig
 pytestmark = pytest.mark.model
 
 TOKENS = [random.Random(1).randrange(1_000, 40_000) for _ in range(1_000)]
-FILES = {"F32": smollm2_f32, "Q4_0": smollm2_q4_0}
 
 
-@pytest.fixture(scope="module", params=FILES)
+@pytest.fixture(scope="module", params=["F32", "Q4_0"])
 def model(request, tmp_path_factory) -> Model:
-    return Model(str(FILES[request.param](tmp_path_factory.mktemp("invariant"))))
+    return Model(str(model_file(request.param, tmp_path_factory.mktemp("invariant"))))
 
 
 @pytest.fixture(scope="module")

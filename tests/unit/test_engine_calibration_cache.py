@@ -29,7 +29,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def key_of(model: Path, asked: Asked = ASKED) -> CacheKey:
-    return cache_key(model, asked, gpu_layers=0, step_tokens=512, poll=1000)
+    return cache_key(model, asked, gpu_layers=0, step_tokens=512, poll=1000, batch_invariant=False)
 
 
 def test_what_is_stored_is_found_again(model, tmp_path):
@@ -46,6 +46,7 @@ def test_another_file_or_wish_is_another_calibration(model, tmp_path):
     store(key, FOUND, tmp_path)
     assert load(key_of(model, Asked(cores=4, threads=2)), tmp_path) is None
     assert load(msgspec.structs.replace(key, cpu="another"), tmp_path) is None
+    assert load(msgspec.structs.replace(key, batch_invariant=True), tmp_path) is None
 
     os.utime(model, ns=(1, 1))
     assert load(key_of(model), tmp_path) is None

@@ -67,5 +67,5 @@ def beside(slots: Sequence[int], outputs: Sequence[int]) -> Beside:
             continue
         asked = [row for row in together if outputs[row]]
         if len(asked) == 1:
-            extra.append(together[together[0] == asked[0]])
+            extra.append(next(row for row in together if row not in asked))
     return Beside(tuple(again), tuple(extra))

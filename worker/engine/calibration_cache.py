@@ -69,7 +69,7 @@ def cache_key(
     gpu_layers: int,
     step_tokens: int,
     poll: int,
-    batch_invariant: bool = False,
+    batch_invariant: bool,
 ) -> CacheKey:
     """The key of a model file on this machine.
 

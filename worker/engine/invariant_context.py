@@ -1,12 +1,12 @@
 """A context in which a row's logits are the same in any company, at the price of some more rows."""
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from worker.engine.batch import Batch
 from worker.engine.batch_invariance import Beside, beside
-from worker.engine.llama import Context, Model
+from worker.engine.llama import Context, LoadError, Model
 from worker.link import EngineConfig
 
 __all__ = ("FLASH_ATTENTION_SPLIT", "InvariantContext", "make_context", "variance")
@@ -14,8 +14,6 @@ __all__ = ("FLASH_ATTENTION_SPLIT", "InvariantContext", "make_context", "varianc
 FLASH_ATTENTION_SPLIT: Final = 256
 """Cells from which on llama.cpp's threads share those of a row that is alone in flash attention on
 a CPU (`ggml_compute_forward_flash_attn_ext`: 512 of them, counted in units of 256)."""
-
-_NOTHING: Final = Beside()
 
 
 def make_context(
@@ -65,8 +63,25 @@ class InvariantContext(Context):
     those of `Context`.
     """
 
-    def __init__(self, model: Model, *, threads: int, **rest: Any) -> None:
-        super().__init__(model, threads=threads, batch_invariant=True, **rest)
+    def __init__(
+        self,
+        model: Model,
+        *,
+        slots: int,
+        context: int,
+        step_tokens: int,
+        threads: int,
+        prefill_threads: int,
+    ) -> None:
+        super().__init__(
+            model,
+            slots=slots,
+            context=context,
+            step_tokens=step_tokens,
+            threads=threads,
+            prefill_threads=prefill_threads,
+            batch_invariant=True,
+        )
         self._decode_threads = threads
         self._alike = self._rounds_alike(max(model.bos, 0))
         """A row alone is rounded as several are, where few tokens are cached."""
@@ -116,9 +131,12 @@ class InvariantContext(Context):
         batch = Batch(1)
         batch.fill_decoding([0], [token], [0])
         found = []
-        for which in (_NOTHING, Beside(again=(0,))):
-            if self._decode_beside(batch, 1, which):
-                return False
-            found.append(self.logits(1)[0].copy())
-            self.forget(0)
+        try:
+            for which in (Beside(), Beside(again=(0,))):
+                if code := self._decode_beside(batch, 1, which):
+                    raise LoadError(f"llama.cpp could not compute one token: {code}")
+                found.append(self.logits(1)[0].copy())
+                self.forget(0)
+        finally:
+            batch.close()
         return bool(np.array_equal(*found))
