@@ -1,7 +1,8 @@
 """More conversations than slots, on a real engine: they go on where they were, to the same answers.
 
-With 32-bit weights, whose cache is as exact: rows that are computed in other company round so alike
-that a greedy answer is the same whatever was computed before and brought back.
+With 32-bit weights, which an engine runs batch-invariant: a greedy answer is the same whatever was
+computed before and brought back. What a turn adds ends as a message does; of text that goes on
+without an end less than a tile is computed once more (`tests/unit/test_engine_tiles.py`).
 """
 
 import asyncio
@@ -24,7 +25,9 @@ pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="module")]
 
 CONVERSATIONS, TURNS = 5, 3
 SAID = 30
-"""Tokens that a turn adds to the prompt."""
+"""Tokens that a turn adds to the prompt, the last of which ends a message."""
+END = 2
+"""<|im_end|>"""
 ANSWER = 12
 GREEDY = Sampling(seed=1, temperature=0, ignore_eos=True)
 
@@ -43,15 +46,17 @@ class Talk(NamedTuple):
 async def talk(engine: EngineDriver, seed: int, *, at_once: bool = False) -> Talk:
     """Hold the conversations that belong to a seed, each turn of all of them before the next."""
     rng = random.Random(seed)
-    told = [tuple(rng.sample(range(1000, 40000), TURNS * SAID)) for _ in range(CONVERSATIONS)]
+    told = [
+        [(*rng.sample(range(1000, 40000), SAID - 1), END) for _ in range(TURNS)]
+        for _ in range(CONVERSATIONS)
+    ]
     prompts: list[tuple[int, ...]] = [()] * CONVERSATIONS
     answers: list[list[int]] = []
     cached = possible = 0
     for turn in range(TURNS):
         # the last token of an answer was sampled, but never went through the model
         possible += sum(max(0, len(prompt) - 1) for prompt in prompts)
-        new = [said[turn * SAID : (turn + 1) * SAID] for said in told]
-        prompts = [prompt + said for prompt, said in zip(prompts, new, strict=True)]
+        prompts = [prompt + said[turn] for prompt, said in zip(prompts, told, strict=True)]
         asked = [
             request(input=TokenInput(prompt), sampling=GREEDY, max_tokens=ANSWER)
             for prompt in prompts

@@ -1,12 +1,15 @@
 """Scheduling: every decoding sequence gets its row, prefill fits the rest, progress is certain."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.engine.scheduler import (
+    DECODE_ONLY_EVERY,
     LEAST_PREFILL,
     OLDEST_SHARE,
     REPLAY_ROWS,
+    SURPRISE_EVERY,
     Left,
     Pace,
     Piece,
@@ -16,6 +19,17 @@ from worker.engine.scheduler import (
 from worker.engine.tiles import ahead, tiled
 
 TILE = 64
+
+
+def level(rows: float) -> float:
+    """Seconds of a step: any number of rows costs the same."""
+    return 0.01
+
+
+def rising(rows: float) -> float:
+    """As measured for SmolLM2 Q4_0 with two threads."""
+    return 0.010 + 0.004 * rows
+
 
 remaining = st.lists(st.integers(1, 5000), min_size=1, max_size=40)
 
@@ -32,7 +46,7 @@ def test_decoding_goes_first_and_prefill_gets_the_rest(left, budget):
 
 @given(remaining)
 def test_with_the_budget_that_pace_gives_something_always_moves(left):
-    budget = Pace(512).budget(left.count(1))
+    budget = Pace(512, level).budget(left.count(1))
 
     assert sum(plan(left, budget)) > 0
 
@@ -42,7 +56,7 @@ def test_with_the_budget_that_pace_gives_something_always_moves(left):
     st.integers(0, 32),
 )
 def test_the_budget_stays_within_its_bounds(measured, decoding):
-    pace = Pace(512)
+    pace = Pace(512, level)
     for beside, rows, seconds in measured:
         pace.measured(beside, [Piece(rows, 0)], seconds)
 
@@ -50,7 +64,7 @@ def test_the_budget_stays_within_its_bounds(measured, decoding):
 
 
 def test_a_slow_machine_gets_small_prefill_steps_beside_decoding():
-    pace = Pace(512)
+    pace = Pace(512, level)
     for _ in range(30):
         pace.measured(0, [Piece(100, 0)], 1.0)
 
@@ -59,7 +73,7 @@ def test_a_slow_machine_gets_small_prefill_steps_beside_decoding():
 
 
 def test_decoding_and_prefill_together_fill_the_time_of_a_step():
-    pace = Pace(512)
+    pace = Pace(512, level)
     for _ in range(30):
         pace.measured(4, (), 0.03)
         pace.measured(4, [Piece(100, 0)], 0.03 + 100 / 2000)
@@ -71,7 +85,7 @@ def test_decoding_and_prefill_together_fill_the_time_of_a_step():
 
 
 def test_for_an_answer_that_goes_on_a_step_beside_decoding_is_as_long_as_without():
-    pace = Pace(512)
+    pace = Pace(512, level)
     for _ in range(30):
         pace.measured(4, (), 0.03)
         pace.measured(4, [Piece(100, 0)], 0.03 + 100 / 2000)
@@ -83,7 +97,7 @@ def test_for_an_answer_that_goes_on_a_step_beside_decoding_is_as_long_as_without
 
 
 def test_a_step_that_looks_free_does_not_make_the_next_one_huge():
-    pace = Pace(512)
+    pace = Pace(512, level)
     for _ in range(30):
         pace.measured(6, (), 0.04)
         pace.measured(6, [Piece(10, 0)], 0.04 + 0.04)
@@ -94,8 +108,65 @@ def test_a_step_that_looks_free_does_not_make_the_next_one_huge():
     assert pace.budget(6) - 6 <= usual * 1.5
 
 
+@pytest.mark.parametrize("slower", [0.5, 1.0, 2.0])
+def test_prompts_that_always_wait_are_not_charged_with_decoding_that_grows(slower: float) -> None:
+    """All of a crowd at once: each prompt that is done adds a row to all later steps."""
+    pace = Pace(512, rising)
+    waiting, decoding, steps = [26] * 200, 0, 0
+    while waiting:
+        left = [Left(1, 50, 1)] * decoding + [Left(rows, 26, rows) for rows in waiting]
+        pieces = pace.plan(left)[decoding:]
+        rows = sum(piece.rows for piece in pieces)
+        seconds = (
+            (slower * rising(decoding) if decoding else 0.0) + 0.01 * (rows > 0) + 0.003 * rows
+        )
+        pace.measured(decoding, [piece for piece in pieces if piece.rows], seconds)
+        waiting = [had - piece.rows for had, piece in zip(waiting, pieces, strict=True)]
+        decoding += waiting.count(0)
+        waiting = [rows for rows in waiting if rows]
+        steps += 1
+
+    # 5,200 rows of 3 ms, in steps that have an eighth of a second for them where decoding is slow
+    assert steps < 1.3 * 200 * 26 * 0.003 / 0.115
+
+
+CROWD = [*[Left(1, 100, 1)] * 100, Left(5_000, 0, 5_000)]
+
+
+def step(pace: Pace, decode: float) -> int:
+    """Of a prompt beside a hundred that decode, the rows of a step that takes what it should."""
+    *_, piece = pace.plan(CROWD)
+    seconds = decode + (0.01 + 0.003 * piece.rows if piece.rows else 0.0)
+    pace.measured(100, [piece] if piece.rows else [], seconds)
+    return piece.rows
+
+
+def test_what_decoding_takes_is_looked_at_again_however_many_prompts_wait() -> None:
+    pace = Pace(512, rising)
+    rows = [step(pace, 0.5) for _ in range(3 * (DECODE_ONLY_EVERY + 1))]
+
+    first = rows.index(0)
+    assert first <= DECODE_ONLY_EVERY
+    without = [at for at, count in enumerate(rows) if not count]
+    assert without[-2:] == [without[-1] - DECODE_ONLY_EVERY - 1, without[-1]]
+    assert len(without) <= 4
+
+
+@pytest.mark.parametrize("later", [0.3, 0.8])
+def test_where_decoding_takes_another_time_at_once_prompts_are_not_charged(later: float) -> None:
+    """As when the machine has others to serve, or has them no longer."""
+    pace = Pace(512, rising)
+    usual = [step(pace, 0.5) for _ in range(100)][-5:]
+    for _ in range(4 * (SURPRISE_EVERY + 1)):
+        step(pace, later)
+    after = [step(pace, later) for _ in range(20)]
+
+    assert usual == [38] * 5  # an eighth of a second
+    assert all(0.8 * 38 <= rows <= 1.2 * 38 for rows in after if rows)
+
+
 def test_where_decoding_alone_is_slow_a_prefill_may_lengthen_a_step_by_half():
-    pace = Pace(512)
+    pace = Pace(512, level)
     for _ in range(30):
         pace.measured(32, (), 0.16)
         pace.measured(32, [Piece(16, 0)], 0.16 + 16 / 200)
@@ -105,7 +176,7 @@ def test_where_decoding_alone_is_slow_a_prefill_may_lengthen_a_step_by_half():
 
 def pace_of(decode: float, row: float, wide_row: float) -> Pace:
     """Four that decode; seconds of such a step, and of rows in small pieces and in tiles."""
-    pace = Pace(512, TILE)
+    pace = Pace(512, level, TILE)
     for _ in range(60):
         pace.measured(4, (), decode)
         for rows in (8, 24):
@@ -214,7 +285,7 @@ def test_a_message_ends_before_the_next_ones_tiles_begin():
 )
 def test_which_rows_are_computed_in_tiles_depends_on_the_prompt_alone(prompts, seconds, most):
     """Whatever comes together, and however long steps take."""
-    pace = Pace(most, TILE)
+    pace = Pace(most, level, TILE)
     spans, ends, sizes = [], [], []
     for parts, last, replayed in prompts:
         at, found = 0, []

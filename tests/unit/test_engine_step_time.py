@@ -65,3 +65,14 @@ def test_whatever_was_measured_times_are_numbers(steps, rows, depth):
 
     assert 0 <= times.of(rows, depth) < math.inf
     assert 0 <= times.rows(0.1, depth) <= 1e6
+
+
+def test_steps_that_do_not_tell_rows_from_the_pass_do_not_make_rows_free() -> None:
+    """Fewer rows took longer here, as when the machine was disturbed."""
+    times = StepTime()
+    for _ in range(20):
+        times.add(8, 0, 0.12)
+        times.add(32, 0, 0.10)
+
+    assert times.of(1000, 0) == times.of(1, 0)
+    assert 0 < times.rows(0.2, 0) <= 4 * 32 * 2

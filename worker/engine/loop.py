@@ -75,7 +75,7 @@ class Loop:
         )
         self._jobs = Jobs(intake, outbox, embedder, self._running)
         self._threads = Threads(context, calibration, speculator)
-        self._pace = Pace(step_tokens, tile)
+        self._pace = Pace(step_tokens, calibration.seconds, tile)
         self._prefilling: frozenset[int] = frozenset()
         """Attempts whose prompts are computed in the step that runs."""
         self._interrupting = threading.Lock()

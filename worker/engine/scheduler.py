@@ -11,7 +11,7 @@ turns with all others.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from worker.engine.step_time import StepTime
@@ -39,10 +39,20 @@ pieces of 8 prompts of 1,500 tokens beside four streams came faster than they we
 streams were slower too (docs/benchmarks.md). What a short prompt adds to a few steps is little."""
 REPLAY_ROWS = 63
 """Rows of a resumed answer's own tokens that are computed together at most."""
+SURPRISE = 0.5
+"""Where prompts took longer or shorter than expected by more than this share, beside decoding that
+takes most of the step, it may be the decoding: the next step but a few only decodes."""
+SURPRISE_EVERY = 4
+"""Steps with rows of prompts before that may happen again."""
+_GAIN = 0.3
+"""Of the last step in the moving average of how long decoding takes."""
 _NO_BOUND = 1 << 30
 """More than any step has."""
 FIRST_PREFILL = 128
 """Rows of the first prefill, from which the speed is learnt."""
+DECODE_ONLY_EVERY = 16
+"""After so many steps with rows of prompts comes one without, however many wait: else what decoding
+takes by now would be taken for the prompts' time, and fewer and fewer of their rows would fit."""
 
 
 class Piece(NamedTuple):
@@ -66,16 +76,32 @@ class Left(NamedTuple):
     """Those are whole tiles."""
 
 
+class _Beside(NamedTuple):
+    """A step with rows of prompts."""
+
+    decoding: int
+    piece: Piece
+    """All of its prompts, at their depth in the mean."""
+    times: StepTime
+    """What its prompts took belongs to these."""
+    seconds: float
+
+
 class Pace:
     """Prefill rows a step may hold, from measured times."""
 
-    def __init__(self, step_tokens: int, tile: int = 0) -> None:
-        """Know nothing yet of how long steps take.
+    def __init__(
+        self, step_tokens: int, decode_seconds: Callable[[float], float], tile: int = 0
+    ) -> None:
+        """Know nothing yet of how long prompts take.
 
         Args:
             step_tokens: rows a step may have at most.
+            decode_seconds: what a step took at load by its rows, one a sequence. Only how the times
+                of several numbers of rows compare counts.
             tile: rows of a sequence from which on they are rounded otherwise; 0: they never are.
         """
+        self._decode_seconds = decode_seconds
         self._most = step_tokens
         self._tile = tile
         self._narrow = tile - 1 if tile else step_tokens
@@ -88,22 +114,54 @@ class Pace:
         """Whether the next step is one of tiles, where there are others to do."""
         self._oldest_turn = True
         """Whether the next step of tiles is the oldest prompt's, or the shortest one's."""
-        self._decode = 0.0
-        """Seconds of a step that only decodes, a moving average."""
+        self._slowdown: float | None = None
+        """How many times as long a step that only decodes takes as at load, a moving average."""
+        self._mixed = 0
+        """Steps of both since the last that only decoded."""
+        self._surprises: list[_Beside] = []
+        """Of them those that tell of prompts only once it is known how long decoding takes now."""
 
     def measured(self, decoding: int, pieces: Sequence[Piece], seconds: float) -> None:
         """A step of so many decoding sequences and these pieces of prompts took so long."""
-        prefill = sum(piece.rows for piece in pieces)
-        if not prefill:
-            self._decode = _average(self._decode, seconds)
+        rows = sum(piece.rows for piece in pieces)
+        if not rows:
+            self._decoded(decoding, seconds)
             return
-        if decoding:
-            seconds -= self._decode
-        if prefill < LEAST_PREFILL // 2 or seconds <= 0:
-            return
-        depth = sum(piece.rows * piece.depth for piece in pieces) / prefill
         wide = self._tile and max(piece.rows for piece in pieces) >= self._tile
-        (self._wide if wide else self._small).add(prefill, depth, seconds)
+        times = self._wide if wide else self._small
+        all_of_them = Piece(rows, round(sum(one.rows * one.depth for one in pieces) / rows))
+        step = _Beside(decoding, all_of_them, times, seconds)
+        if not decoding:
+            self._learn(step, 0.0)
+            return
+        self._mixed += 1
+        decode, expected = self._decode(decoding), times.of(*all_of_them)
+        if 2 * decode < seconds or abs(seconds - decode - expected) <= SURPRISE * expected:
+            self._learn(step, decode)
+        else:
+            self._surprises.append(step)
+
+    def _decoded(self, decoding: int, seconds: float) -> None:
+        """A step of so many decoding sequences and nothing else took so long."""
+        now = seconds / self._decode_seconds(decoding)
+        before = now if self._slowdown is None or self._surprises else self._slowdown
+        self._slowdown = before + _GAIN * (now - before)
+        for step in self._surprises:
+            self._learn(step, self._decode(step.decoding))
+        self._surprises.clear()
+        self._mixed = 0
+
+    def _learn(self, step: _Beside, decode: float) -> None:
+        """Of the step so many seconds went to decoding."""
+        left = step.seconds - decode
+        if step.piece.rows >= LEAST_PREFILL // 2 and left > 0:
+            step.times.add(*step.piece, left)
+
+    def _decode_only(self) -> bool:
+        """Whether how long decoding takes is to be looked at again."""
+        if not (self._small or self._wide):
+            return self._mixed > 0
+        return self._mixed >= (SURPRISE_EVERY if self._surprises else DECODE_ONLY_EVERY)
 
     def plan(self, left: Sequence[Left], *, urgent: bool = False) -> list[Piece]:
         """The next step: for each sequence, in the same order, the rows it has, or 0.
@@ -125,8 +183,11 @@ class Pace:
             self._wide_turn = not self._wide_turn
             if len(tiled) == len(left) or not self._wide_turn:
                 return self._tiles_of(left, tiled, decoding, work, urgent=urgent)
-        shown = [Piece(one.next, one.depth) for one in prefills if not one.wide]
-        budget = self.budget(decoding, shown, work=work, urgent=urgent)
+        if decoding and self._decode_only():
+            budget = decoding
+        else:
+            shown = [Piece(one.next, one.depth) for one in prefills if not one.wide]
+            budget = self.budget(decoding, shown, work=work, urgent=urgent)
         rows = plan([0 if one.wide else one.next for one in left], budget, self._narrow)
         return [Piece(count, one.depth) for count, one in zip(rows, left, strict=True)]
 
@@ -163,10 +224,16 @@ class Pace:
         if not decoding:
             return STEP_SECONDS_ALONE
         least = STEP_SECONDS_ALONE if urgent else STEP_SECONDS_BESIDE_DECODE
+        decode = self._decode(decoding)
         return max(
-            min(LONGEST_STEP_SECONDS, max(least, WORK_SHARE * work)) - self._decode,
-            min(self._decode, STEP_SECONDS_ALONE) * MOST_SLOWDOWN,
+            min(LONGEST_STEP_SECONDS, max(least, WORK_SHARE * work)) - decode,
+            min(decode, STEP_SECONDS_ALONE) * MOST_SLOWDOWN,
         )
+
+    def _decode(self, decoding: int) -> float:
+        """Seconds of a step in which so many decode and nothing else."""
+        slowdown = 1.0 if self._slowdown is None else self._slowdown
+        return slowdown * self._decode_seconds(decoding)
 
     def budget(
         self,
@@ -200,10 +267,6 @@ class Pace:
         """What these would take at once."""
         times = self._small or self._wide
         return sum(times.of(one.rows, one.depth + one.rows / 2) for one in prefills)
-
-
-def _average(average: float, value: float) -> float:
-    return 0.7 * average + 0.3 * value if average else value
 
 
 def stretch(cached: int, prompt_size: int, total: int) -> int:

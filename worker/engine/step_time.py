@@ -1,5 +1,6 @@
 """What pieces of prompts add to the time of a step, learnt from the steps of late."""
 
+import math
 from collections import deque
 
 import numpy as np
@@ -14,6 +15,8 @@ _UNITS = np.array([0.25, 1 / 32, 1 / 32_000])
 either is a row's rather than a pass's."""
 _RIDGE = 1e-3
 """Keeps what the steps do not tell apart from growing without bound in opposite directions."""
+_CHEAPER = 0.25
+"""A row costs at least this share of what a row of any of the steps cost on the whole."""
 
 
 class StepTime:
@@ -42,10 +45,15 @@ class StepTime:
         return whole + rows * each
 
     def rows(self, seconds: float, depth: float) -> int:
-        """Rows that fit into so many seconds; at least 0, at most a million."""
+        """Rows that fit into so many seconds; at least 0, at most a million.
+
+        Never more than four times as many as the cheapest of the steps had for that time: where
+        all had about as many rows, they do not tell a row from the pass.
+        """
         whole, each = self._line(depth)
         left = seconds - whole
-        return 0 if left <= 0 else round(min(1e6, left / max(each, 1e-9)))
+        least = _CHEAPER * min((step[3] / step[1] for step in self._steps), default=math.inf)
+        return 0 if left <= 0 else round(min(1e6, left / max(each, least)))
 
     def _line(self, depth: float) -> tuple[float, float]:
         """Of the pass, and of a row at that depth."""
