@@ -1,8 +1,8 @@
 """More conversations than slots, on a real engine: they go on where they were, to the same answers.
 
-With 32-bit weights, which an engine runs batch-invariant: a greedy answer is the same whatever was
-computed before and brought back. What a turn adds ends as a message does; of text that goes on
-without an end less than a tile is computed once more (`tests/unit/test_engine_tiles.py`).
+Batch-invariant, so that a greedy answer is the same, near ties included, whatever was computed
+before and brought back. What a turn adds ends as a message does; of text that goes on without an
+end less than a tile is computed once more (`tests/unit/test_engine_tiles.py`).
 """
 
 import asyncio
@@ -18,7 +18,7 @@ import pytest_asyncio
 from asking import frames_of, request, tokens_of
 from engine_driver import EngineDriver
 
-from loadtests.stack import smollm2_f32
+from loadtests.stack import smollm2_q4_0
 from shared.protocol import Sampling, TokenInput
 
 pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="module")]
@@ -74,14 +74,20 @@ async def talk(engine: EngineDriver, seed: int, *, at_once: bool = False) -> Tal
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("models")
-    yield smollm2_f32(folder)
-    shutil.rmtree(folder)  # 540 MB, which pytest would keep for three runs
+    yield smollm2_q4_0(folder)
+    shutil.rmtree(folder)  # which pytest would keep for three runs
 
 
 @asynccontextmanager
 async def started(target: Path, slots: int, memory: int) -> AsyncIterator[EngineDriver]:
     engine = EngineDriver(
-        str(target), slots=slots, context=256, threads=1, speculation="off", prefix_memory=memory
+        str(target),
+        slots=slots,
+        context=256,
+        threads=1,
+        speculation="off",
+        prefix_memory=memory,
+        batch_invariant="on",
     )
     await engine.start()
     try:
