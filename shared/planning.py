@@ -93,6 +93,8 @@ def plan(shape: ModelShape, hosts: Sequence[Host], wanted: Wanted = _USUAL) -> P
     """
     if not shape.layers:
         raise ValueError(f"the model {shape.name!r} has no layers")
+    # All who plan from the same beats are to say the same, in whichever order they heard them.
+    hosts = sorted(hosts, key=lambda host: host.name)
     near = [host for host in hosts if host.rtt <= wanted.cap]
     far = tuple(
         LeftOut(
