@@ -15,7 +15,7 @@ CHECKED := shared router worker mesh loadtests tests infra
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test slow chaos soak lint format check bench-engine bench-router bench-routing bench-ring bench-ring-delay bench-shards bench-nodes bench-end-to-end bench-cancel bench-batch-invariance bench-overload bench-slow-readers bench-servers bench-memory peers bench-peers bench-speculation check-equality check-gpu simulate clean distclean
+.PHONY: help env run test slow chaos soak lint format check bench-engine bench-router bench-routing bench-ring bench-ring-delay bench-shards bench-nodes bench-end-to-end bench-cancel bench-batch-invariance bench-crowd bench-overload bench-slow-readers bench-servers bench-memory peers bench-peers bench-speculation check-equality check-gpu simulate clean distclean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | \
@@ -89,6 +89,9 @@ bench-cancel: env ## From a client's leaving to its slot being free
 
 bench-batch-invariance: env ## What rows cost that keep others from being alone
 	$(BIN)/python -m loadtests.bench_batch_invariance $(ARGS)
+
+bench-crowd: env ## 200 requests at one moment: how soon each begins; ARGS="MODEL --against CHECKOUT"
+	$(BIN)/python -m loadtests.bench_crowd $(ARGS)
 
 bench-overload: env ## Five times the capacity: what is still answered, and how soon after
 	$(BIN)/python -m loadtests.bench_overload $(ARGS)
