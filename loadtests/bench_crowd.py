@@ -115,7 +115,7 @@ async def _run(
     reps: int,
     threads: int,
 ) -> list[list[str]]:
-    commands = {"this one": ENGINE_COMMAND}
+    commands: dict[str, tuple[str, ...]] = {"this one": ENGINE_COMMAND}
     if against is not None:
         commands[against.name] = (
             "env",

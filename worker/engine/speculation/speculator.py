@@ -38,29 +38,22 @@ Kind = Literal["draft", "ngram"]
 _RELAXED = 0.01
 """Share of the way back to what is usual that a sequence's chances move in a step without drafts:
 text changes, and after some 100 tokens it is worth another try."""
-
 _RELAXED_FOR_ALL = 0.00003
 """The same of what was learnt from all sequences: some thousand steps, as the longest pause."""
-
 _HORIZON = 256
 """Tokens over which the time is spread, at most, that a lagging draft model takes to catch up."""
-
 _REPAID = 1 / 32
 """Of what catching up took, the part that each step booked after it bears: booked at once, it would
 make any draft model look like a loss."""
-
 _LEAST_TOGETHER = 1.05
 """What speculation for several sequences must earn: the time of a step without is measured seldom
 while it goes on, and this is how far it may be off."""
-
 _LONGEST = 0.1
 _LONGEST_BESIDE_PLAIN = 1.5
 """Seconds that a call with drafts may take, or how often as long as one without if that is more:
 the tokens of a step come together, and a client that leaves is heard of when it ends."""
-
 _PLAIN_EVERY = 128
 """Steps that speculate after which one does not, so that what it is compared with is measured."""
-
 _RECONSIDERED = 32
 """Steps after which it is asked again whether so many sequences can gain at all."""
 
@@ -106,8 +99,8 @@ class Speculator:
         """Seconds of catching up that are not booked yet."""
         self._step: _Step | None = None
         self._candidates: Sequence[Candidate] = ()
-        self._hopeless: dict[int, int] = {}
-        """By number of sequences: steps for which it is not asked again."""
+        self._outlooks: dict[int, tuple[bool, int]] = {}
+        """By number of sequences: is it hopeless, and for how many steps is that not asked."""
 
     # sequences
 
@@ -147,13 +140,13 @@ class Speculator:
         if self._streak >= _PLAIN_EVERY:
             self._streak = 0
             return self._none(candidates)
-        plain = self.target.seconds(count)
-        longest = max(_LONGEST, _LONGEST_BESIDE_PLAIN * plain)
-        self._rows = self.target.rows_within(longest, count, self._most_rows)
         if self._is_hopeless(count):
             return self._none(candidates)
         began = clock()
         found = self._look_up(candidates)
+        if self.drafter is None and not any(p.most for p in found):
+            return self._none(candidates)
+        self._rows = self._rows_for(count)
         plan, drafted = Plan(0, False, 0.0, 1.0), list[int]()
         kind: Kind = "ngram"
         if any(p.most for p in found) and self._account("ngram", count).is_open():
@@ -380,17 +373,21 @@ class Speculator:
         )
         return [draft[:kept] for draft in drafts], [sure[:kept] for sure in confidences]
 
+    def _rows_for(self, count: int) -> int:
+        """That the call of a step with so many sequences may have."""
+        longest = max(_LONGEST, _LONGEST_BESIDE_PLAIN * self.target.seconds(count))
+        return self.target.rows_within(longest, count, self._most_rows)
+
     def _is_hopeless(self, count: int) -> bool:
         """With so many sequences even sure drafts would bring nothing."""
-        left = self._hopeless.get(count, 0)
-        if left:
-            self._hopeless[count] = left - 1
-            return True
-        sure = [Prospect(0.97, MOST_ROWS - 1)] * count
-        if best_plan(sure, self.target.seconds, most_rows=self._rows).length:
-            return False
-        self._hopeless[count] = _RECONSIDERED
-        return True
+        hopeless, left = self._outlooks.get(count, (False, 0))
+        if not left:
+            sure = [Prospect(0.97, MOST_ROWS - 1)] * count
+            most_rows = self._rows_for(count)
+            hopeless = not best_plan(sure, self.target.seconds, most_rows=most_rows).length
+            left = _RECONSIDERED
+        self._outlooks[count] = hopeless, left - 1
+        return hopeless
 
     def _account(self, kind: Kind, count: int) -> Account:
         key = (kind, count)
