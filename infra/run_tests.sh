@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# run_tests.sh PYTEST MARKS ARGS...: the tests that MARKS leave, three at a time, since each waits a third of its time
-# and two leave two cores idle for as long; and then, one by one, those that bring up whole systems and want the machine
-# to themselves. Both are run whatever the first finds.
+# run_tests.sh PYTEST MARKS ARGS...: the tests that MARKS leave, two at a time, and then, one by one, those that bring
+# up whole systems and want the machine to themselves. Both are run whatever the first finds.
 set -uo pipefail
 
 NOTHING_RAN=5 # pytest's exit code
 pytest=$1 marks=$2
 shift 2
 
-"$pytest" -n 3 -m "($marks) and not system" "$@"
+"$pytest" -n 2 -m "($marks) and not system" "$@"
 parts=$?
 "$pytest" -m "($marks) and system" "$@"
 systems=$?
