@@ -23,7 +23,7 @@ import cyclopts
 import msgspec
 import uvloop
 
-from loadtests.crowd import Crowd
+from loadtests.crowd import Crowd, settling_seconds
 from loadtests.figures import markdown, percentile
 from loadtests.http_client import Connection, Target
 from loadtests.http_reply import Recorder, Reply
@@ -43,8 +43,6 @@ TELLS: dict[Kind, str] = {
 }
 PATIENCE = 10.0
 """Seconds after which what is measured has failed."""
-SETTLING = 60.0
-"""Seconds that a client's first tokens may take: beside 200 streams a step takes more than one."""
 WORDS = ("river", "stone", "market", "engine", "garden", "window", "letter", "system", "bridge")
 PREFILL_WORDS = 1200
 """Of the prompt in whose prefill a client leaves: some 1,300 tokens."""
@@ -109,8 +107,9 @@ class Observer:
 class Visitor:
     """A client with a connection of its own, that may leave at any moment."""
 
-    def __init__(self, target: Target, identity: str, request: bytes) -> None:
+    def __init__(self, target: Target, identity: str, request: bytes, patience: float) -> None:
         self.identity = identity
+        self._patience = patience
         self.reply: Reply | None = None
         self._connection = Connection(target, Recorder(), self._ended)
         head, rest = request.split(b"\r\n", 1)
@@ -121,9 +120,9 @@ class Visitor:
 
         Raises:
             RuntimeError: the answer ended before.
-            TimeoutError: they did not come.
+            TimeoutError: they did not come within `patience` seconds.
         """
-        async with asyncio.timeout(SETTLING):
+        async with asyncio.timeout(self._patience):
             while True:
                 reader = self._connection.reader
                 if reader is None:
@@ -189,7 +188,8 @@ class BenchCancel:
 
     def visitor(self, kind: str, request: bytes) -> Visitor:
         self._number += 1
-        return Visitor(self.target, f"{kind.replace(' ', '-')}-{self._number}", request)
+        identity = f"{kind.replace(' ', '-')}-{self._number}"
+        return Visitor(self.target, identity, request, settling_seconds(self.busy))
 
     async def run(self, kind: Kind, count: int) -> None:
         ways: dict[Kind, Callable[[], Coroutine[Any, Any, Sample]]] = {

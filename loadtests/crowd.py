@@ -6,7 +6,14 @@ from collections.abc import Callable
 from loadtests.http_client import Connection, Target
 from loadtests.http_reply import Recorder, Reply
 
-__all__ = ("Crowd",)
+__all__ = ("Crowd", "settling_seconds")
+
+
+def settling_seconds(streams: int) -> float:
+    """That a first token may take beside so many streams, of which all may have begun just now:
+    a minute, and three seconds for each.
+    """
+    return 60.0 + 3.0 * streams
 
 
 class Crowd:
@@ -33,9 +40,9 @@ class Crowd:
 
         Raises:
             RuntimeError: one failed.
-            TimeoutError: they took more than a minute, and three seconds each.
+            TimeoutError: they took more than `settling_seconds`.
         """
-        async with asyncio.timeout(60 + 3 * len(self._connections)):
+        async with asyncio.timeout(settling_seconds(len(self._connections))):
             for connection in self._connections:
                 while connection.reader is None or not connection.reader.reply.first:
                     if self.errors:

@@ -133,12 +133,13 @@ class FakeDrafter:
         self._machine, self._table = machine, table
         self._rng = random.Random(7)
         self._valid: dict[int, int] = {}
+        self._computed: dict[int, int] = {}
 
     def took(self, slot: int, source: int, reuse: int) -> None:
         self._valid[slot] = min(self._valid.get(source, 0), reuse)
 
     def accepted(self, slot: int, tokens: int) -> None:
-        self._valid[slot] = min(self._valid[slot], tokens)
+        self._valid[slot] = min(self._computed[slot], tokens)
 
     def lag(self, slot: Slot) -> int:
         return len(slot.tokens) - 1 - self._valid[slot.index]
@@ -174,7 +175,8 @@ class FakeDrafter:
             if not goes_on([each[-1] for each in sure]):
                 break
         for slot, draft in zip(slots, drafts, strict=True):
-            self._valid[slot.index] = len(slot.tokens) + len(draft) - 1
+            self._valid[slot.index] = len(slot.tokens)
+            self._computed[slot.index] = len(slot.tokens) + len(draft) - 1
         return drafts, sure
 
     def _pass(self, rows: int) -> None:

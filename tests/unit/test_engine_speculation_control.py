@@ -196,7 +196,7 @@ def test_a_draft_for_one_of_two_gets_a_pass_of_its_own_where_rows_are_dear():
 # drafts of a model
 
 
-def drafted(count, shares, chances, target, draft, most, overhead):
+def drafted(count, shares, chances, target, draft, most, begin, overhead):
     """The rates of all cuts and lengths, by going through what may happen, token by token."""
     rates = []
     for cut in sorted(chances):
@@ -209,14 +209,15 @@ def drafted(count, shares, chances, target, draft, most, overhead):
                 # drafting stops at an unsure token, which is made but not verified
                 made = min(length, kept + 1)
                 likely = passing**kept * (1.0 if kept == length else 1 - passing)
-                time += likely * (overhead + made * draft(count) + target(count * (1 + kept)))
+                drafting = draft(count * begin) + (made - 1) * draft(count)
+                time += likely * (drafting + target(count * (1 + kept)))
                 # of those that were sure, so many are right in a row
                 tokens += likely + sum(
                     right**depth * passing ** (kept - depth) * likely / passing**kept
                     for depth in range(1, kept + 1)
                     if passing
                 )
-            rates.append((count * tokens / time, length))
+            rates.append((count * tokens / (time + overhead * tokens), length))
     return rates
 
 
@@ -227,17 +228,20 @@ def drafted(count, shares, chances, target, draft, most, overhead):
     costs(),
     costs(),
     st.integers(1, 6),
+    st.integers(1, 2),
     st.floats(0, 0.05),
 )
 def test_the_plan_for_a_draft_model_is_the_best_of_all(
-    count, weights, chances, target, draft, most, overhead
+    count, weights, chances, target, draft, most, begin, overhead
 ):
     shares = [weight / sum(weights) for weight in weights]
 
-    plan = drafting_plan(count, shares, chances, target, draft, most=most, overhead=overhead)
+    plan = drafting_plan(
+        count, shares, chances, target, draft, most=most, begin=begin, overhead=overhead
+    )
 
     plain = count / target(count)
-    rates = drafted(count, shares, chances, target, draft, most, overhead)
+    rates = drafted(count, shares, chances, target, draft, most, begin, overhead)
     best, _ = max(rates)
     assert plan.length <= most
     least = LEAST_GAIN if count == 1 else LEAST_GAIN_TOGETHER

@@ -1,6 +1,8 @@
 """The speculator on a simulated machine: it gains where it can, and costs next to nothing where it
 cannot."""
 
+import statistics
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,6 +67,25 @@ def test_a_draft_model_that_is_worth_it_only_just_costs_little(count, quality, t
 
     # Where costs are misjudged by a tenth, a loss of a twentieth cannot be told from a gain.
     assert simulation.run(4000 + 1000 * count) >= 0.9
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_short_answers_do_not_pay_for_a_draft_model_that_reads_their_prompts(count):
+    def gain(seed: int) -> float:
+        simulation = Simulation(
+            count,
+            quality=FAIR,
+            target=F32_ONE_CORE,
+            draft=Q4_0_ONE_CORE,
+            misjudged=0.1,
+            prompt=60,
+            length=40,
+            seed=seed,
+        )
+        simulation.run(400 * count)
+        return simulation.run(800 * count)
+
+    assert statistics.median(map(gain, range(5))) >= 0.98
 
 
 @COUNTS

@@ -173,6 +173,7 @@ def drafting_plan(
     draft: Callable[[int], float],
     *,
     most: int,
+    begin: int = 1,
     overhead: float = 0.0,
 ) -> Plan:
     """What a draft model promises that stops where it is no longer sure, whatever it comes to.
@@ -188,25 +189,26 @@ def drafting_plan(
         target: seconds of a target pass by rows.
         draft: seconds of a pass of the draft model by rows.
         most: draft tokens there can be, at least 1.
-        overhead: seconds that drafting costs once, whatever its length.
+        begin: rows of each sequence in the first pass of the draft model.
+        overhead: seconds that catching up costs for each token that every sequence will have.
     """
     alone = target(count)
     plain = count / alone
     best = Plan(0, True, plain, 1.0)
     passing = right = 0.0
     verifying = [target(count * (1 + length)) for length in range(most + 1)]
-    drafting = draft(count)
+    first, drafting = draft(count * begin), draft(count)
     for chance, share in sorted(zip(chances, shares, strict=True), reverse=True):
         passing = min(1.0, passing + share)
         right += share * chance
-        tokens, seconds, drafted, stands = 1.0, overhead, 1.0, 1.0
+        tokens, seconds, drafted, stands = 1.0, first - drafting, 1.0, 1.0
         for length in range(1, most + 1):
             # this token is drafted, and either it is not worth its row, or drafting may go on
             seconds += drafted * (drafting + (1.0 - passing) * verifying[length - 1])
             drafted *= passing
             stands *= right
             tokens += stands
-            rate = count * tokens / (seconds + drafted * verifying[length])
+            rate = count * tokens / (seconds + drafted * verifying[length] + overhead * tokens)
             if rate > best.rate:
                 best = Plan(length, True, rate, rate / plain)
     least = LEAST_GAIN if count == 1 else LEAST_GAIN_TOGETHER

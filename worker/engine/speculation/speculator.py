@@ -242,18 +242,20 @@ class Speculator:
         count = len(candidates)
         chances = [chance.mean for chance in self._confidence]
         most = min(POSITIONS, self._rows // count - 1, *(c.room for c in candidates))
-        drafted, total, overhead = [], [0.0] * len(chances), 0.0
+        drafted, total, overhead, begin = [], [0.0] * len(chances), 0.0, 1
         for i, (candidate, known) in enumerate(zip(candidates, found, strict=True)):
             shares = candidate.drafting.shares.shares
             right = sum(share * chance for share, chance in zip(shares, chances, strict=True))
-            lag = max(0, drafter.lag(candidate.slot) - 1)
+            lag = drafter.lag(candidate.slot)
+            behind = max(0, lag - 1)
             if (known.most > 1 and known.chance >= right) or not candidate.drafting.may_catch_up(
-                lag
+                behind
             ):
                 continue
             drafted.append(i)
             total = [sum(pair) for pair in zip(total, shares, strict=True)]
-            overhead += lag * drafter.cost.seconds(64) / 64 / min(_HORIZON, 1 + candidate.room)
+            overhead += behind * drafter.cost.seconds(64) / 64 / min(_HORIZON, 1 + candidate.room)
+            begin = max(begin, 1 + min(1, lag))
         if not drafted or most < 1:
             return Plan(0, True, 0.0, 1.0), []
         plan = drafting_plan(
@@ -263,6 +265,7 @@ class Speculator:
             self.target.seconds,
             drafter.cost.seconds,
             most=most,
+            begin=begin,
             overhead=overhead,
         )
         return plan, drafted
