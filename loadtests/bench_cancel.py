@@ -25,7 +25,7 @@ import uvloop
 
 from loadtests.crowd import Crowd, settling_seconds
 from loadtests.figures import markdown, percentile
-from loadtests.http_client import Connection, Target
+from loadtests.http_client import Connection, Target, with_header
 from loadtests.http_reply import Recorder, Reply
 from loadtests.observed_worker import Observation, decode_observation
 from loadtests.procfs import raise_open_files
@@ -112,8 +112,7 @@ class Visitor:
         self._patience = patience
         self.reply: Reply | None = None
         self._connection = Connection(target, Recorder(), self._ended)
-        head, rest = request.split(b"\r\n", 1)
-        self._connection.send(b"%b\r\nX-Request-Id: %b\r\n%b" % (head, identity.encode(), rest))
+        self._connection.send(with_header(request, "X-Request-Id", identity))
 
     async def tokens(self, count: int) -> float:
         """Wait until so many tokens are here; returns when the first one was.
@@ -169,7 +168,8 @@ class BenchCancel:
         """The crowd's next request. All are as long: they begin one after the other, as their
         prompts are computed, and so end one after the other.
         """
-        return self.request(self._answers)
+        # At 200 streams an answer takes longer than a request may by default.
+        return with_header(self.request(self._answers), "X-Request-Timeout", "3600")
 
     def request(self, tokens: int, *, stream: bool = True, words: int = 12) -> bytes:
         draw = self._random
@@ -310,7 +310,8 @@ async def measure(
                 del bench.crowd.recorder.gaps[:]
                 await bench.run(kind, samples)
                 gaps[kind] = list(bench.crowd.recorder.gaps)
-                print(f"{kind}: {samples} clients have left", file=sys.stderr, flush=True)
+                mine = [sample for sample in bench.samples if sample.kind == kind]
+                print(report(mine, gaps), file=sys.stderr, flush=True)
             if bench.crowd.errors:
                 raise SystemExit(f"the streams beside it failed: {bench.crowd.errors}")
             bench.crowd.grow(0)

@@ -24,7 +24,7 @@ import msgspec
 import uvloop
 
 from loadtests.figures import markdown, percentile
-from loadtests.http_client import Target
+from loadtests.http_client import Target, with_header
 from loadtests.http_load import closed_loop
 from loadtests.http_reply import Reply
 from loadtests.open_loop import open_loop
@@ -84,10 +84,10 @@ class BenchOverload:
             "ignore_eos": True,
             "stream": True,
         }
-        head, rest = self._target.post("/v1/chat/completions", body).split(b"\r\n", 1)
+        request = self._target.post("/v1/chat/completions", body)
         if not deadline:
-            return head + b"\r\n" + rest
-        return b"%b\r\nX-Request-Timeout: %d\r\n%b" % (head, self._deadline, rest)
+            return request
+        return with_header(request, "X-Request-Timeout", f"{self._deadline:g}")
 
     async def capacity(self, slots: int, count: int) -> float:
         """Answers a second with all slots busy and some more waiting."""

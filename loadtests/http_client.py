@@ -10,9 +10,15 @@ import msgspec
 
 from loadtests.http_reply import Recorder, Reply, ReplyReader, request_bytes
 
-__all__ = ("Client", "Connection", "Target")
+__all__ = ("Client", "Connection", "Target", "with_header")
 
 now = time.monotonic
+
+
+def with_header(request: bytes, name: str, value: str) -> bytes:
+    """The encoded request with one header more."""
+    head, rest = request.split(b"\r\n", 1)
+    return b"%b\r\n%b: %b\r\n%b" % (head, name.encode(), value.encode(), rest)
 
 
 class Target(msgspec.Struct, frozen=True):
