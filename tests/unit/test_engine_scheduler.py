@@ -126,7 +126,7 @@ def test_prompts_that_always_wait_are_not_charged_with_decoding_that_grows(slowe
         waiting = [rows for rows in waiting if rows]
         steps += 1
 
-    # 5,200 rows of 3 ms, in steps that have an eighth of a second for them where decoding is slow
+    # 5,200 rows of 3 ms, in steps that have an eighth of a second at least for them where decoding is slow
     assert steps < 1.3 * 200 * 26 * 0.003 / 0.115
 
 
@@ -161,8 +161,15 @@ def test_where_decoding_takes_another_time_at_once_prompts_are_not_charged(later
         step(pace, later)
     after = [step(pace, later) for _ in range(20)]
 
-    assert usual == [38] * 5  # an eighth of a second
-    assert all(0.8 * 38 <= rows <= 1.2 * 38 for rows in after if rows)
+    assert usual == [80] * 5  # a quarter of a second
+    fitting = (later / 2 - 0.01) / 0.003
+    assert all(0.8 * fitting <= rows <= 1.2 * fitting for rows in after if rows)
+
+
+def test_prompts_lengthen_no_step_by_more_than_a_step_may_take_for_them_alone() -> None:
+    pace = Pace(512, rising)
+
+    assert [step(pace, 2.0) for _ in range(100)][-3:] == [130] * 3  # 0.4 s
 
 
 def test_where_decoding_alone_is_slow_a_prefill_may_lengthen_a_step_by_half():
