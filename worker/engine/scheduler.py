@@ -3,8 +3,8 @@
 Running sequences get one row each, first; what the token budget leaves goes to prefills, half of it
 to the oldest, then to the shortest. The budget follows what steps of late took
 (`worker.engine.step_time`) and how much waits: a short prompt delays the tokens of others, and the
-handling of a cancellation, by 80 ms, a long one by 0.4 s at most; and by 8 rows more where a prompt
-ends with them, which alone would cost a step of their own.
+handling of a cancellation, by 80 ms or by half of what decoding takes, a long one by 0.4 s at most;
+and by 8 rows more where a prompt ends with them, which alone would cost a step of their own.
 
 What of a prompt is to be computed in whole tiles (`tiles.py`) has steps of its own, which take
 turns with all others.
