@@ -126,7 +126,7 @@ def test_prompts_that_always_wait_are_not_charged_with_decoding_that_grows(slowe
         waiting = [rows for rows in waiting if rows]
         steps += 1
 
-    # 5,200 rows of 3 ms, in steps that have an eighth of a second at least for them where decoding is slow
+    # 5,200 rows of 3 ms, in steps with an eighth of a second at least for them
     assert steps < 1.3 * 200 * 26 * 0.003 / 0.115
 
 
