@@ -255,7 +255,8 @@ class Speculator:
             drafted.append(i)
             total = [sum(pair) for pair in zip(total, shares, strict=True)]
             overhead += behind * drafter.cost.seconds(64) / 64 / min(_HORIZON, 1 + candidate.room)
-            begin = max(begin, 1 + min(1, lag))
+            # One that lags by more has caught up wholly before it drafts.
+            begin = max(begin, 2 if lag == 1 else 1)
         if not drafted or most < 1:
             return Plan(0, True, 0.0, 1.0), []
         plan = drafting_plan(
