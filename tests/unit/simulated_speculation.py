@@ -141,6 +141,10 @@ class FakeDrafter:
     def accepted(self, slot: int, tokens: int) -> None:
         self._valid[slot] = min(self._computed[slot], tokens)
 
+    def lacks(self, index: int, tokens: int) -> None:
+        """So many tokens of a slot are not computed, beside its last one."""
+        self._valid[index] = len(self.streams[index].slot.tokens) - 1 - tokens
+
     def lag(self, slot: Slot) -> int:
         return len(slot.tokens) - 1 - self._valid[slot.index]
 

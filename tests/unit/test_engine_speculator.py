@@ -291,6 +291,18 @@ def test_a_wrong_draft_lowers_the_chance_of_the_next_and_a_right_one_raises_it()
     assert means[0] < 0.5 < means[1]
 
 
+@pytest.mark.parametrize(("lag", "drafts"), [(0, True), (1, False), (2, True), (40, True)])
+def test_a_draft_begins_with_two_rows_only_where_one_token_lacks(lag, drafts):
+    # A second row is out of the question; what lags by more is caught up with before it drafts.
+    dear = ((1, 0.001), (2, 0.4), (64, 0.401))
+    simulation = Simulation(1, quality=GOOD, draft=dear, noise=0.0, prompt=60)
+    simulation.drafter.lacks(0, lag)
+
+    simulation.step()
+
+    assert bool(simulation.told[0].draft) == drafts
+
+
 def test_an_answer_that_ends_does_not_count_against_its_draft():
     asked = speculator()
     proposer = candidate(asked, PROMPT, 0)
