@@ -16,6 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from shared.groups import Group, Part, SplitModel
+from shared.head_draft import with_draft
 from shared.model_shape import GRAIN, ModelShape
 from shared.partition import Host
 from shared.planning import Plan, Wanted, plan
@@ -185,16 +186,25 @@ def _of(workers: Iterable[WorkerView], name: str, model: str) -> SplitModel | No
 def _plan(
     workers: Iterable[WorkerView], model: SplitModel, shape: ModelShape, *, taken: bool
 ) -> Plan:
-    """Plan a model on those that mean the same one; `taken`: with the memory that is free now."""
+    """Plan a model on those that mean the same one; `taken`: with the memory that is free now.
+
+    Room is left for a draft model at the head, if that costs no host, few cells and little time.
+    """
+    able = tuple(_able(workers, model))
     hosts = tuple(
         Host(
             worker.name,
             worker.memory - (_taken(worker) if taken else 0),
             rtt=round(worker.hop, _HOP_DIGITS),
         )
-        for worker in _able(workers, model)
+        for worker in able
     )
-    return _planned(shape, hosts, Wanted(context=model.context, slots=model.slots))
+    wanted = Wanted(context=model.context, slots=model.slots)
+    made = _planned(shape, hosts, wanted)
+    head = _of(able, made.stages[-1].host, model.name) if made.stages else None
+    if head is None or head.draft is None:
+        return made
+    return with_draft(made, hosts, head.draft, lambda hosts: _planned(shape, hosts, wanted))
 
 
 def _able(workers: Iterable[WorkerView], model: SplitModel) -> Iterator[WorkerView]:

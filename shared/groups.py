@@ -12,7 +12,7 @@ import msgspec
 
 from shared.bounds import Count, Name
 
-__all__ = ("Group", "Part", "SplitModel", "StageState")
+__all__ = ("DraftNeeds", "Group", "Part", "SplitModel", "StageState")
 
 _Token = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9]{1,64}\Z")]
 _Layer = Annotated[int, msgspec.Meta(ge=0, le=100_000)]
@@ -69,6 +69,20 @@ class Group(msgspec.Struct, frozen=True, omit_defaults=True):
         return next((n for n, part in enumerate(self.parts) if part.worker == worker), None)
 
 
+class DraftNeeds(msgspec.Struct, frozen=True, array_like=True):
+    """What a draft model takes beside the head's part; bytes."""
+
+    weights: Count
+    cell: Count
+    """Keys and values of a token."""
+    row: Count
+    """Buffers, for each row of the widest step."""
+
+    def memory(self, cells: int, step: int) -> int:
+        """In all, with the group's cells and steps, which it follows."""
+        return self.weights + cells * self.cell + min(cells, step) * self.row
+
+
 class SplitModel(msgspec.Struct, frozen=True, array_like=True):
     """A model that is too large for a worker, and of which it could carry a part."""
 
@@ -89,6 +103,8 @@ class SplitModel(msgspec.Struct, frozen=True, array_like=True):
     missing: str = ""
     """Why the workers in sight cannot carry it together, or this one did not get it to run a moment
     ago; empty: they can, as far as is known."""
+    draft: DraftNeeds | None = None
+    """Of the draft model that it would have as the head."""
 
 
 class StageState(msgspec.Struct, frozen=True, array_like=True):

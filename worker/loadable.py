@@ -20,7 +20,7 @@ from worker.drafts import find_draft, read_candidates
 from worker.gguf_header import GgufError, Header, header_of, read_header
 from worker.hub import HubSource, address, at_hand
 from worker.model_bytes import SourceError
-from worker.preparing import Need, ServingSettings, need
+from worker.preparing import ServingSettings, need
 from worker.split_source import SplitSource, opened, split_source
 
 __all__ = ("Survey", "survey")
@@ -68,9 +68,13 @@ def survey(
             continue
         try:
             header = _header(place)
-            wanted = need(source, settings, header, _draft(source, settings, header))
+            draft = _draft(source, settings, header)
+            wanted = need(source, settings, header, draft)
             if wanted.least > memory:
-                split.append(_split(source, place, header, wanted, settings, memory))
+                if header.architecture not in SPLITTABLE or header.block_count < 2:
+                    raise GgufError(f"it needs {wanted.least} bytes, there are {memory}")
+                one = split_source(source, place, header, wanted, half=settings.half, draft=draft)
+                split.append(one)
                 continue
         except (GgufError, SourceError) as error:
             _log.warning("model.not_loadable", model=source.name, reason=str(error))
@@ -95,20 +99,6 @@ def survey(
         tuple(sorted(found, key=lambda model: model.name)),
         tuple(sorted(split, key=lambda one: one.source.name)),
     )
-
-
-def _split(
-    source: ModelSource,
-    place: Path | str,
-    header: Header,
-    wanted: Need,
-    settings: ServingSettings,
-    memory: int,
-) -> SplitSource:
-    """A model that is too large; raises GgufError where it cannot be split."""
-    if header.architecture not in SPLITTABLE or header.block_count < 2:
-        raise GgufError(f"it needs {wanted.least} bytes, there are {memory}")
-    return split_source(source, place, header, wanted, half=settings.half)
 
 
 def _remote(source: ModelSource, named: Container[str]) -> str | None:

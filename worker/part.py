@@ -1,6 +1,8 @@
 """From a group and this worker's part in it to the configuration of an engine.
 
-The stage's file is cut from the model's, once; only the part's own bytes are read for it.
+The stage's file is cut from the model's, once; only the part's own bytes are read for it. The head
+has a draft model beside its part where its worker has the room: the longer the way round, the more
+it is worth.
 """
 
 import asyncio
@@ -8,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -15,12 +18,13 @@ from shared.broker_config import ring_url, ring_user
 from shared.groups import Group
 from worker.cache_folder import cache_folder
 from worker.cut_file import drop_unused, make_stage
+from worker.gguf_header import Header, estimate_memory
 from worker.link import EngineConfig, RingPlace
-from worker.preparing import ServingSettings
+from worker.preparing import ServingSettings, choose_draft
 from worker.split_source import SplitSource, opened
 from worker.stage_cut import Wanted
 
-__all__ = ("PartRefused", "PartStopped", "place_in", "prepare_part")
+__all__ = ("Draft", "PartRefused", "PartStopped", "draft_of_head", "place_in", "prepare_part")
 
 
 class PartRefused(Exception):
@@ -79,7 +83,6 @@ async def prepare_part(
 
         path = await asyncio.to_thread(_made, split.place, wanted, progress)
     options = split.source.options
-    asked = options.speculation or settings.speculation
     config = EngineConfig(
         path=str(path),
         model=split.source.name,
@@ -91,13 +94,49 @@ async def prepare_part(
         step_tokens=group.step,
         chat_template=options.chat_template,
         embeddings=options.embeddings and alone,
-        # The plan has no room for a draft model.
-        speculation="off" if asked == "off" else "ngram",
+        speculation=options.speculation or settings.speculation,
         batch_invariant=options.batch_invariant or settings.batch_invariant,
     )
     if alone:
         return config
     return msgspec.structs.replace(config, ring=place_in(group, worker, nats))
+
+
+class Draft(NamedTuple):
+    """A draft model that the head could have."""
+
+    header: Header
+    memory: int
+    """Bytes, beside those of the head's part."""
+
+
+async def draft_of_head(
+    split: SplitSource,
+    settings: ServingSettings,
+    group: Group,
+    *,
+    stopping: threading.Event,
+    tell: Callable[[str], None],
+) -> Draft | None:
+    """The draft model for the head of a group; None: there is none, or none is wanted.
+
+    Args:
+        split: the model.
+        settings: for what its own options leave open.
+        group: whose slots it is to follow.
+        stopping: ends a download when set.
+        tell: hears what is being done, from another thread.
+
+    Raises:
+        DownloadStopped: `stopping` was set.
+    """
+    if (split.source.options.speculation or settings.speculation) != "auto":
+        return None
+    header = await choose_draft(split.source, split.header, settings.cache, stopping, tell)
+    if header is None:
+        return None
+    cells = group.slots * group.context
+    return Draft(header, estimate_memory(header, cells=cells, step_tokens=group.step))
 
 
 def _made(place: Path | str, wanted: Wanted, progress: Callable[[int, int], None]) -> Path:

@@ -22,7 +22,7 @@ from worker.hub import HubError, HubSource, fetch
 from worker.link import MOST_CONTEXT, BatchInvariance, EngineConfig
 from worker.memory_budget import MemoryBudget, NotEnoughMemory
 
-__all__ = ("Need", "Prepared", "ServingSettings", "need", "prepare")
+__all__ = ("Need", "Prepared", "ServingSettings", "choose_draft", "need", "prepare", "tell_draft")
 
 LEAST_CELLS = 512
 """KV cells without which a model is not worth loading."""
@@ -125,7 +125,7 @@ async def prepare(
         tell("reading")
         header = await asyncio.to_thread(read_header, path)
         if speculation == "auto":
-            draft = await _choose_draft(source, header, settings.cache, stopping, tell)
+            draft = await choose_draft(source, header, settings.cache, stopping, tell)
     except BaseException:
         budget.waive()
         raise
@@ -140,7 +140,7 @@ async def prepare(
     except NotEnoughMemory as error:
         raise NotEnoughMemory(f"{path.name}: {error}") from None
     if draft is not None:
-        _tell_draft(source, draft, granted.draft)
+        tell_draft(source, draft, granted.draft)
     config = EngineConfig(
         path=str(path),
         model=source.name,
@@ -162,14 +162,18 @@ async def prepare(
     return Prepared(config, header, memory + granted.prefixes)
 
 
-async def _choose_draft(
+async def choose_draft(
     source: ModelSource,
     target: Header,
     cache: Path | None,
     stopping: threading.Event,
     tell: Callable[[str], None],
 ) -> Header | None:
-    """The draft that was asked for, else the best of the files at hand; None: there is none."""
+    """The draft that was asked for, else the best of the files at hand; None: there is none.
+
+    Raises:
+        DownloadStopped: `stopping` was set.
+    """
     if source.draft is None:
         candidates = await asyncio.to_thread(
             read_candidates, source.candidates, most_bytes=target.size
@@ -183,7 +187,8 @@ async def _choose_draft(
         return None
 
 
-def _tell_draft(source: ModelSource, draft: Header, granted: bool) -> None:
+def tell_draft(source: ModelSource, draft: Header, granted: bool) -> None:
+    """Log which draft was found, and whether there was memory for it."""
     name = Path(draft.path).name
     if granted:
         found = source.draft is None

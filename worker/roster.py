@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
+import msgspec
 import structlog
 
 from shared.groups import Group, SplitModel, StageState
@@ -21,8 +22,8 @@ from shared.sizes import format_size
 from worker.catalog import ModelSource
 from worker.loadable import survey
 from worker.memory_budget import MemoryBudget
-from worker.part import prepare_part
-from worker.preparing import Prepared, ServingSettings, prepare
+from worker.part import draft_of_head, prepare_part
+from worker.preparing import Prepared, ServingSettings, prepare, tell_draft
 from worker.serving import Preparing, Serving
 from worker.split_source import SplitSource
 from worker.stages import Stages
@@ -210,7 +211,18 @@ class Roster:
                 stopping=self._around.stopping,
                 tell=tell,
             )
-            return Prepared(config, split.header, memory)
+            draft = await draft_of_head(
+                split, self._settings, group, stopping=self._around.stopping, tell=tell
+            )
+            taken = memory
+            if draft is not None:
+                # What the part takes is not free any more.
+                granted = draft.memory <= self._free()
+                tell_draft(split.source, draft.header, granted)
+                if granted:
+                    config = msgspec.structs.replace(config, draft=draft.header.path)
+                    taken += draft.memory
+            return Prepared(config, split.header, taken)
 
         self._start(Serving(split.source, self._settings, self._around, preparing, memory=memory))
         return True

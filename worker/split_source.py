@@ -7,11 +7,11 @@ from pathlib import Path
 
 import msgspec
 
-from shared.groups import SplitModel
+from shared.groups import DraftNeeds, SplitModel
 from shared.model_shape import ModelShape
 from worker.catalog import ModelSource
 from worker.gguf_file import GgufFile
-from worker.gguf_header import Header
+from worker.gguf_header import Header, estimate_memory
 from worker.hub import credentials
 from worker.model_bytes import ModelBytes, open_model
 from worker.preparing import Need
@@ -33,6 +33,8 @@ class SplitSource(msgspec.Struct, frozen=True):
     slots: int
     half: bool
     """Whether activations are to travel with 16 bits a number."""
+    draft: DraftNeeds | None = None
+    """Of the draft model that is at hand for it."""
 
     def told(self, *, pinned: bool, missing: str) -> SplitModel:
         """As a beat tells of it."""
@@ -47,6 +49,7 @@ class SplitSource(msgspec.Struct, frozen=True):
             pinned=pinned,
             aliases=self.source.options.aliases,
             missing=missing,
+            draft=self.draft,
         )
 
 
@@ -82,8 +85,17 @@ def split_source(
     wanted: Need,
     *,
     half: bool = False,
+    draft: Header | None = None,
 ) -> SplitSource:
     """Read what is needed from the headers of its files.
+
+    Args:
+        source: the model.
+        place: where its file is, or the first of its files.
+        header: of it.
+        wanted: what is asked of it.
+        half: whether activations are to travel with 16 bits a number.
+        draft: the header of its draft model.
 
     Raises:
         GgufError: they lack what a model needs.
@@ -100,4 +112,13 @@ def split_source(
             context=wanted.context,
             slots=wanted.slots,
             half=half,
+            draft=None if draft is None else _draft_needs(draft),
         )
+
+
+def _draft_needs(draft: Header) -> DraftNeeds:
+    """As `estimate_memory` has it, whose terms are linear but for attention scores."""
+    weights, cell = draft.tensor_bytes, draft.kv_bytes_per_token
+    return DraftNeeds(
+        weights, cell, estimate_memory(draft, cells=1, step_tokens=1) - weights - cell
+    )

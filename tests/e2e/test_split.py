@@ -17,7 +17,7 @@ import psutil
 import pytest
 from mesh_process import MeshUp, clean_environment, mesh_command
 
-from loadtests.stack import smollm2
+from loadtests.stack import smollm2, smollm2_f32, smollm2_q4_0
 from worker.model_bytes import FileBytes
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(420)]
@@ -218,6 +218,33 @@ def test_an_answer_outlives_a_part(
         print(f"{victim}: longest pause {stream.longest_pause:.1f} s")
         assert system.end() == 0, system.story()
         assert system.left() == []
+    finally:
+        system.clear_away()
+
+
+@pytest.mark.slow
+def test_the_head_has_a_draft_model_where_it_has_the_room(tmp_path: Path) -> None:
+    """A smaller relative lies beside the model; the workers hold half of the model each."""
+    model = smollm2_f32(tmp_path / "models")
+    draft = smollm2_q4_0(tmp_path / "models")
+    system = MeshUp(
+        tmp_path,
+        *("--workers", "2", "--threads", "1", "--slots", "1", "--ctx", "1024"),
+        *("--model", str(model)),
+        settings={"MESH_MEMORY": "520MB", "MESH_CACHE_DIR": str(tmp_path / "cache")},
+    )
+    try:
+        system.until_ready()
+        answer = httpx.post(
+            f"{system.base_url}/chat/completions",
+            json=body("Write a Python function that adds two numbers.", 64, model=model.stem),
+            timeout=120,
+        ).json()
+        story = system.story()
+        assert "draft.chosen" in story, story
+        assert draft.name in story
+        assert answer["timings"]["draft_n"] > answer["timings"]["draft_n_accepted"] / 2 > 0
+        assert system.end() == 0, system.story()
     finally:
         system.clear_away()
 

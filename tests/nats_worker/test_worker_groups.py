@@ -22,6 +22,7 @@ from shared.presence import Beat
 from shared.protocol import End, Fail, Handback
 from shared.replicas import Timing
 from worker import stages
+from worker.gguf_header import estimate_memory, read_header
 from worker.link import Ready
 from worker.outlook import Outlook
 
@@ -41,30 +42,31 @@ def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MESH_CACHE_DIR", str(tmp_path / "cache"))
 
 
+def write_model(path: Path, *, layers: int = LAYERS, rows: int = 1024) -> Path:
+    """A model with layers of a kilobyte a row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(WIDTH)
+    writer.add_head_count(1)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{number}" for number in range(64)])
+    writer.add_tensor("token_embd.weight", np.zeros((64, WIDTH), dtype=np.float32))
+    for number in range(layers):
+        weights = np.full((rows, WIDTH), number, dtype=np.float32)
+        writer.add_tensor(f"blk.{number}.attn_q.weight", weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 @pytest.fixture
 def write_gguf() -> Callable[[Path], Path]:
-    """Write a model with layers of a megabyte each."""
-
-    def write(path: Path) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writer = gguf.GGUFWriter(path, "llama")
-        writer.add_block_count(LAYERS)
-        writer.add_context_length(2048)
-        writer.add_embedding_length(WIDTH)
-        writer.add_head_count(1)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_token_list([f"t{number}" for number in range(64)])
-        writer.add_tensor("token_embd.weight", np.zeros((64, WIDTH), dtype=np.float32))
-        for number in range(LAYERS):
-            weights = np.full((1024, WIDTH), number, dtype=np.float32)
-            writer.add_tensor(f"blk.{number}.attn_q.weight", weights)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
-
-    return write
+    """Write a model that is too large for one worker."""
+    return write_model
 
 
 class Side(RouterSide):
@@ -171,6 +173,28 @@ async def test_what_an_operator_has_named_is_carried_without_demand(
     assert side.group(unique) == group
     change = side.last(group.head.worker).changes[-1]
     assert change.reason == f"at least 1; with {member(group)}"
+
+
+@pytest.mark.parametrize("room", [8 << 20, 10 << 20])
+async def test_the_head_has_a_draft_beside_its_part_where_it_has_the_room(
+    start: Any, router: Any, side: Side, unique: str, tmp_path: Path, room: int
+) -> None:
+    for name in ("worker-1", "worker-2"):
+        draft = write_model(tmp_path / name / f"small-{unique}.gguf", layers=1, rows=64)
+    memory = estimate_memory(read_header(draft), cells=256, step_tokens=256)
+    asked = SMALL | {"speculation": "auto", "memory": room}
+    for name in ("worker-1", "worker-2"):
+        await start(unique, name=name, standby=True, timing=BRISK, **asked)
+        await router.beat(name, lambda beat: bool(beat.parts))
+    side.ledger.waits(unique, time.time())
+    group = await side.formed(unique)
+    (state,) = side.last(group.head.worker).models
+    beside = state.memory - group.head.memory
+    assert beside == (memory if room == 10 << 20 else 0)
+    assert state.memory <= room
+    assert (beside == 0) == (room - group.head.memory < memory)
+    assert isinstance(await (await router.ask("tokens=2", model=unique)).last(), End)
+    side.ledger.waits_no_more(unique, time.time())
 
 
 async def test_a_part_that_is_lost_ends_the_group_and_another_is_formed(

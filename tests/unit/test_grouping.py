@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from shared.demand import Demand
 from shared.grouping import JOIN_SECONDS, Proposal, ending, joined, missing, propose
-from shared.groups import Group, Part, SplitModel, StageState
+from shared.groups import DraftNeeds, Group, Part, SplitModel, StageState
 from shared.model_shape import GRAIN, Layer, ModelShape
 from shared.placement import decide
 from shared.snapshot import Holding, LeaseView, ModelSettings, Snapshot, WorkerView
@@ -121,6 +121,45 @@ def test_one_worker_with_a_small_step_is_a_group_too() -> None:
     (made,) = proposals(snapshot(worker("a", 150)))
     assert made.group.workers == ("a",)
     assert (made.group.head.start, made.group.head.stop) == (0, 12)
+
+
+def drafting(*memory: int, draft: DraftNeeds) -> Snapshot:
+    parts = (msgspec.structs.replace(BIG, draft=draft),)
+    return snapshot(
+        *(worker(name, m, parts=parts) for name, m in zip("abcd", memory, strict=False))
+    )
+
+
+def test_room_is_left_for_a_draft_model_at_the_head() -> None:
+    draft = DraftNeeds(8 * MIB, 64, 4096)
+    (plain,) = proposals(snapshot(worker("a", 100), worker("b", 100)))
+    (made,) = proposals(drafting(100, 100, draft=draft))
+    cells = made.group.slots * made.group.context
+    assert made.group.head.memory + draft.memory(cells, made.group.step) <= 100 * MIB
+    assert plain.group.head.memory + draft.memory(cells, made.group.step) > 100 * MIB
+    assert [part.start for part in made.group.parts] == [part.start for part in plain.group.parts]
+
+
+@given(
+    memory=st.lists(st.integers(40, 140), min_size=2, max_size=4),
+    weights=st.integers(0, 60),
+    cell=st.integers(0, 4096),
+    row=st.integers(0, 2**18),
+)
+def test_a_draft_model_costs_no_host_and_few_cells(
+    memory: list[int], weights: int, cell: int, row: int
+) -> None:
+    draft = DraftNeeds(weights * MIB, cell, row)
+    without = proposals(drafting(*memory, draft=DraftNeeds(0, 0, 0)))
+    made = proposals(drafting(*memory, draft=draft))
+    assert len(made) == len(without)
+    for one, plain in zip(made, without, strict=True):
+        assert len(one.group.parts) == len(plain.group.parts)
+        assert one.group.head.worker == plain.group.head.worker
+        cells, most = (p.group.slots * p.group.context for p in (one, plain))
+        # Cells are dealt in whole grains to each slot.
+        assert 4 * (cells + GRAIN * one.group.slots) >= 3 * most
+        assert all(part.memory <= 140 * MIB for part in one.group.parts)
 
 
 @pytest.mark.parametrize("lost", ["a", "b", "c"])
