@@ -5,12 +5,15 @@ But a head with less room has fewer layers, and all stages then wait for the oth
 may be given up for it.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import msgspec
 
 from shared.groups import DraftNeeds
-from shared.partition import Host
+from shared.model_shape import ModelShape, Scales, Size
+from shared.partition import Host, Stage, deal
 from shared.planning import Plan
 
 __all__ = ("with_draft",)
@@ -23,46 +26,50 @@ SLOWDOWN = 1.1
 
 
 def with_draft(
-    made: Plan,
-    hosts: Sequence[Host],
-    draft: DraftNeeds,
-    plan: Callable[[tuple[Host, ...]], Plan],
+    made: Plan, shape: ModelShape, hosts: Sequence[Host], drafts: Mapping[str, DraftNeeds]
 ) -> Plan:
-    """A plan that leaves room for a draft model at the same head; `made`, where that is too dear.
+    """The plan with room for a draft model at its head; as it is, where that is too dear.
 
-    It has as many hosts, and steps at least half as wide.
+    Hosts and their order stay, and steps are at least half as wide.
 
     Args:
-        made: the plan of these hosts without a draft model.
+        made: a plan of these hosts.
+        shape: of the model.
         hosts: with the memory that is free on each.
-        draft: what the head's draft model takes.
-        plan: makes a plan of hosts.
+        drafts: what a draft model takes on each that has one at hand.
     """
-    if not made.stages:
+    if not made.stages or (draft := drafts.get(made.stages[-1].host)) is None:
         return made
-    head = made.stages[-1].host
-    # Where steps become narrower, the draft model's are, too, and less is to be set aside.
+    known = {host.name: host for host in hosts}
+    return _roomy(made, shape, tuple(known[stage.host] for stage in made.stages), draft)
+
+
+# Asked as often as the plan itself, which is kept, too.
+@lru_cache(maxsize=256)
+def _roomy(made: Plan, shape: ModelShape, hosts: tuple[Host, ...], draft: DraftNeeds) -> Plan:
+    *others, head = hosts
+
+    def dealt(cells: int, step: int) -> tuple[Stage, ...] | None:
+        left = head.memory - draft.memory(cells, step)
+        smaller = msgspec.structs.replace(head, memory=left)
+        stages = deal(Scales(shape, Size(cells, step)), (*others, smaller))
+        fast = stages is not None and _slowest(stages) <= SLOWDOWN * _slowest(made.stages)
+        return stages if fast else None
+
+    least = math.ceil(CELLS * made.cells)
     for step in (made.step, made.step // 2):
-        memory = draft.memory(made.cells, step)
-        beside = plan(
-            tuple(
-                msgspec.structs.replace(host, memory=host.memory - memory)
-                if host.name == head
-                else host
-                for host in hosts
-            )
-        )
-        if (
-            len(beside.stages) == len(made.stages)
-            and beside.stages[-1].host == head
-            and made.step <= 2 * beside.step <= 2 * step
-            and beside.cells >= CELLS * made.cells
-            and _slowest(beside) <= SLOWDOWN * _slowest(made)
-        ):
-            return beside
+        if dealt(least, step) is None:
+            continue
+        low, high = least, made.cells
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if dealt(middle, step) else (low, middle - 1)
+        stages = dealt(low, step)
+        assert stages is not None  # noqa: S101  it was
+        return msgspec.structs.replace(made, stages=stages, cells=low, step=step)
     return made
 
 
-def _slowest(made: Plan) -> float:
+def _slowest(stages: Sequence[Stage]) -> float:
     """What the slowest stage takes for a token, of what all take together."""
-    return 1 / sum(stage.share for stage in made.stages)
+    return 1 / sum(stage.share for stage in stages)
