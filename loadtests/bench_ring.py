@@ -5,7 +5,8 @@ to a core and has one thread; the whole model runs on one core, and on both with
 are dealt by the planner's rule, so that both stages read about as many bytes for a token; then once
 more by how long a step of each stage took. The systems take turns within each repetition; those
 that are not asked are idle. The bound is what the two stages compute unconnected, fed with made-up
-activations: of the slower one, or of both together where a single stream uses them in turn.
+activations and with caches as long as the streams': of the slower one, or of both together where a
+single stream uses them in turn.
 """
 
 import asyncio
@@ -27,6 +28,7 @@ from loadtests.rings import (
     Target,
     model_file,
     pin,
+    prompt_tokens,
     rate_of,
     report,
     ring_of,
@@ -45,9 +47,15 @@ app = cyclopts.App(help=__doc__, version_flags=[])
 
 
 class Bound:
-    """The two stages' processes, unconnected."""
+    """The two stages' processes, unconnected.
 
-    def __init__(self) -> None:
+    Args:
+        first: tokens of a stream at its first decode step.
+        last: at its last.
+    """
+
+    def __init__(self, first: int, last: int) -> None:
+        self._span = f"{first} {last}"
         self._stages: list[asyncio.subprocess.Process] = []
 
     async def start(self, paths: Sequence[Path], slots: int) -> None:
@@ -76,7 +84,7 @@ class Bound:
         """Seconds of a step of so many rows, of each stage, both at work."""
         for stage in self._stages:
             if stage.stdin is not None:
-                stage.stdin.write(f"{rows} {BOUND_SECONDS}\n".encode())
+                stage.stdin.write(f"{rows} {BOUND_SECONDS} {self._span}\n".encode())
         return [float(await self._line(stage)) for stage in self._stages]
 
     async def rate(self, streams: int) -> float:
@@ -101,7 +109,9 @@ def _dealt(shape: ModelShape, slots: int, speeds: Sequence[float]) -> tuple[Stag
     return stages
 
 
-async def _balanced(model: Path, folder: Path, slots: int) -> tuple[tuple[Stage, ...], list[Path]]:
+async def _balanced(
+    model: Path, folder: Path, slots: int, span: tuple[int, int]
+) -> tuple[tuple[Stage, ...], list[Path]]:
     """Deal the layers so that a step takes both stages as long.
 
     What a stage reads says nothing of what its attention and its logits compute; so the first deal
@@ -112,7 +122,7 @@ async def _balanced(model: Path, folder: Path, slots: int) -> tuple[tuple[Stage,
     stages = _dealt(shape, slots, (1.0, 1.0))
     best: tuple[float, tuple[Stage, ...]] | None = None
     for _ in range(3):
-        bound = Bound()
+        bound = Bound(*span)
         try:
             await bound.start(stage_files(model, folder, stages), slots)
             took = [await bound.steps(max(1, slots // 2)) for _ in range(3)]
@@ -154,13 +164,19 @@ async def measure(
             EngineDriver(str(model), threads=threads, speculation="off", **options)
             for threads in (1, 2)
         ]
-        stages, paths = await _balanced(model, stack.folder / "stages", max(streams))
+        async with asyncio.TaskGroup() as group:
+            for engine in whole:
+                owner.push_async_callback(engine.stop)
+                group.create_task(engine.start())
+        prompt = await prompt_tokens(whole[0])
+        span = (prompt, prompt + tokens)
+        stages, paths = await _balanced(model, stack.folder / "stages", max(streams), span)
         ring = ring_of(model, paths, WORKERS, stack.url, speculation="off", half=half, **options)
-        bound = Bound()
+        bound = Bound(*span)
         owner.push_async_callback(bound.stop)
         await bound.start(paths, max(streams))
         async with asyncio.TaskGroup() as group:
-            for engine in (*whole, *ring):
+            for engine in ring:
                 owner.push_async_callback(engine.stop)
                 group.create_task(engine.start())
         for engine, cores in zip((*whole, *ring), ({0}, {0, 1}, {0}, {1}), strict=True):

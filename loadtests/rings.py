@@ -13,7 +13,7 @@ from loadtests.engine_driver import EngineDriver, new_attempt
 from loadtests.stack import smollm2, smollm2_f32, smollm2_q4_0
 from shared.broker_config import ring_url, ring_user
 from shared.partition import Stage
-from shared.protocol import ChatInput, Delta, Generate, Message, Sampling
+from shared.protocol import ChatInput, Delta, End, Generate, Message, Sampling
 from worker.cut_file import make_stage
 from worker.link import RingPlace
 from worker.model_bytes import FileBytes
@@ -25,6 +25,7 @@ __all__ = (
     "asked",
     "model_file",
     "pin",
+    "prompt_tokens",
     "rate_of",
     "report",
     "ring_of",
@@ -96,6 +97,14 @@ async def rate_of(
             group.create_task(one(first + number))
     start, stop = max(begun), min(ended)
     return sum(start < at <= stop for at in came) / (stop - start)
+
+
+async def prompt_tokens(engine: EngineDriver) -> int:
+    """How long a prompt of `report` is."""
+    async for frame in engine.submit(asked(report(0), 1)):
+        if isinstance(frame, End):
+            return frame.usage.prompt
+    raise RuntimeError("an answer came without its end")
 
 
 def pin(engine: EngineDriver, cores: set[int]) -> None:

@@ -2,8 +2,9 @@
 
     python -m loadtests.stage_bound STAGE.gguf --slots 32 --context 512 [--head]
 
-reads lines `ROWS SECONDS` from stdin: decode steps of so many sequences for so long. It answers
-each with the seconds that a step took, the mean, and ends with stdin.
+reads lines `ROWS SECONDS FIRST LAST` from stdin: decode steps of so many sequences for so long,
+each between FIRST and LAST tokens long. It answers each with the seconds that a step took, the
+mean, and ends with stdin.
 """
 
 import sys
@@ -20,18 +21,29 @@ from worker.engine.stage import Stage, input_scale
 app = cyclopts.App(help=__doc__, version_flags=[])
 
 
-def seconds_of_step(stage: Stage, rows: int, seconds: float, context: int) -> float:
-    """The mean time of a step of one row for each of `rows` sequences, their caches filling up."""
+def seconds_of_step(stage: Stage, rows: int, seconds: float, first: int, last: int) -> float:
+    """The mean time of a step of one row for each of `rows` sequences.
+
+    Their caches fill up from `first` tokens to `last`, again and again: attention is paid by what
+    they hold.
+    """
     drawn = np.random.default_rng(1).standard_normal((rows, stage.width), dtype=np.float32)
     slots = list(range(rows))
     for slot in slots:
         stage.context.forget(slot)
-    stage.run(drawn, slots, [0] * rows)
-    steps, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds and steps < context - 2:
-        steps += 1
-        stage.run(drawn, slots, [steps] * rows)
-    return (time.perf_counter() - began) / steps
+        for start in range(0, first, rows):
+            each = min(rows, first - start)
+            stage.run(drawn[:each], [slot] * each, list(range(start, start + each)), [])
+    steps, spent = 0, 0.0
+    while spent < seconds:
+        for slot in slots:
+            stage.context.forget(slot, first)
+        began = time.perf_counter()
+        for position in range(first, last):
+            stage.run(drawn, slots, [position] * rows)
+        spent += time.perf_counter() - began
+        steps += last - first
+    return spent / steps
 
 
 @app.default
@@ -57,8 +69,9 @@ def main(
     )
     print("ready", flush=True)
     for line in sys.stdin:
-        rows, seconds = line.split()
-        print(seconds_of_step(stage, int(rows), float(seconds), context), flush=True)
+        rows, seconds, first, last = line.split()
+        mean = seconds_of_step(stage, int(rows), float(seconds), int(first), int(last))
+        print(mean, flush=True)
 
 
 if __name__ == "__main__":
