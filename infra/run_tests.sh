@@ -1,15 +1,13 @@
 #!/usr/bin/env bash
 # run_tests.sh PYTEST MARKS ARGS...: the tests that MARKS leave, two at a time, and then, one by one, those that bring
-# up whole systems and want the machine to themselves. Both are run whatever the first finds. Of two processes each has
-# one half of the tests, in their order, and takes from the other when it is done: so a module's engines are loaded
-# once, and those that compute run beside those that wait.
+# up whole systems and want the machine to themselves. Both are run whatever the first finds.
 set -uo pipefail
 
 NOTHING_RAN=5 # pytest's exit code
 pytest=$1 marks=$2
 shift 2
 
-"$pytest" -n 2 --dist worksteal -m "($marks) and not system" "$@"
+"$pytest" -n 2 -m "($marks) and not system" "$@"
 parts=$?
 "$pytest" -m "($marks) and system" "$@"
 systems=$?

@@ -175,7 +175,7 @@ async def fleet(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("wanted", [1, 3])
+@pytest.mark.parametrize("wanted", [pytest.param(1, marks=pytest.mark.slow), 3])
 async def test_of_twenty_standbys_exactly_as_many_promote_as_are_wanted(
     fleet: Fleet, wanted: int
 ) -> None:
