@@ -201,9 +201,10 @@ def _plan(
     )
     wanted = Wanted(context=model.context, slots=model.slots)
     made = _planned(shape, hosts, wanted)
-    told = ((worker.name, _of(able, worker.name, model.name)) for worker in able)
-    drafts = {name: split.draft for name, split in told if split is not None and split.draft}
-    return with_draft(made, shape, hosts, drafts)
+    head = _of(able, made.stages[-1].host, model.name) if made.stages else None
+    if head is None or head.draft is None:
+        return made
+    return with_draft(made, shape, hosts, head.draft)
 
 
 def _able(workers: Iterable[WorkerView], model: SplitModel) -> Iterator[WorkerView]:

@@ -6,7 +6,7 @@ may be given up for it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import msgspec
@@ -25,29 +25,21 @@ SLOWDOWN = 1.1
 """The slowest stage may take so many times as long for a token."""
 
 
-def with_draft(
-    made: Plan, shape: ModelShape, hosts: Sequence[Host], drafts: Mapping[str, DraftNeeds]
-) -> Plan:
+# Asked as often as the plan itself, which is kept, too.
+@lru_cache(maxsize=256)
+def with_draft(made: Plan, shape: ModelShape, hosts: tuple[Host, ...], draft: DraftNeeds) -> Plan:
     """The plan with room for a draft model at its head; as it is, where that is too dear.
 
     Hosts and their order stay, and steps are at least half as wide.
 
     Args:
-        made: a plan of these hosts.
+        made: a plan of these hosts, with a head.
         shape: of the model.
         hosts: with the memory that is free on each.
-        drafts: what a draft model takes on each that has one at hand.
+        draft: what the head's draft model takes.
     """
-    if not made.stages or (draft := drafts.get(made.stages[-1].host)) is None:
-        return made
     known = {host.name: host for host in hosts}
-    return _roomy(made, shape, tuple(known[stage.host] for stage in made.stages), draft)
-
-
-# Asked as often as the plan itself, which is kept, too.
-@lru_cache(maxsize=256)
-def _roomy(made: Plan, shape: ModelShape, hosts: tuple[Host, ...], draft: DraftNeeds) -> Plan:
-    *others, head = hosts
+    *others, head = (known[stage.host] for stage in made.stages)
 
     def dealt(cells: int, step: int) -> tuple[Stage, ...] | None:
         left = head.memory - draft.memory(cells, step)

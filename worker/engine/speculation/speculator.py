@@ -248,9 +248,8 @@ class Speculator:
             right = sum(share * chance for share, chance in zip(shares, chances, strict=True))
             lag = drafter.lag(candidate.slot)
             behind = max(0, lag - 1)
-            if (known.most > 1 and known.chance >= right) or not candidate.drafting.may_catch_up(
-                behind
-            ):
+            found_better = known.most > 1 and known.chance >= right
+            if found_better or not candidate.drafting.may_catch_up(behind):
                 continue
             drafted.append(i)
             total = [sum(pair) for pair in zip(total, shares, strict=True)]
