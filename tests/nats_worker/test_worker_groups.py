@@ -7,11 +7,10 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import msgspec
-import numpy as np
 import psutil
 import pytest
+from layered_gguf import write_layers
 from router_side import RouterSide
 
 from shared import subjects
@@ -29,7 +28,7 @@ from worker.outlook import Outlook
 pytestmark = pytest.mark.nats
 
 BRISK = Timing(idle_after=1.0, evict_after=0.3, least_stay=0.3, settle=0.3)
-LAYERS, WIDTH = 8, 256
+LAYERS = 8
 ROOM = 8 << 20
 """Bytes: too few for the model, which takes some 12 MB, and enough for half of it."""
 SMALL = {"context": 256, "slots": 1, "prefix_memory": 0, "speculation": "off", "memory": ROOM}
@@ -43,24 +42,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def write_model(path: Path, *, layers: int = LAYERS, rows: int = 1024) -> Path:
-    """A model with layers of a kilobyte a row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(layers)
-    writer.add_context_length(2048)
-    writer.add_embedding_length(WIDTH)
-    writer.add_head_count(1)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{number}" for number in range(64)])
-    writer.add_tensor("token_embd.weight", np.zeros((64, WIDTH), dtype=np.float32))
-    for number in range(layers):
-        weights = np.full((rows, WIDTH), number, dtype=np.float32)
-        writer.add_tensor(f"blk.{number}.attn_q.weight", weights)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    """A model that is too large for one worker, or with fewer layers its draft."""
+    return write_layers(path, layers=layers, rows=rows, tokens=64)
 
 
 @pytest.fixture

@@ -13,9 +13,8 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
+from layered_gguf import write_layers
 
 from worker.hub import HubError, HubSource, parse_source
 
@@ -178,7 +177,7 @@ def test_a_file_is_downloaded_with_progress_and_then_kept(hub: Hub, fetched, tmp
 
 def test_of_a_model_that_is_too_large_only_a_part_comes(hub: Hub, tmp_path: Path):
     """Six layers of a megabyte each, of which this worker is to have one."""
-    file = write_layers(tmp_path / "large.gguf")
+    file = write_layers(tmp_path / "large.gguf", layers=6)
     hub.files["owner/repo:large.gguf"] = data = file.read_bytes()
 
     def carry(named: str) -> dict:
@@ -204,25 +203,6 @@ def test_of_a_model_that_is_too_large_only_a_part_comes(hub: Hub, tmp_path: Path
     assert len(data) > 6 << 20
     # The first megabyte three times, for the header, and the layer.
     assert sum(hub.ranges) < 4.01 * (1 << 20)
-
-
-def write_layers(path: Path) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(6)
-    writer.add_context_length(2048)
-    writer.add_embedding_length(256)
-    writer.add_head_count(1)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["a", "b"])
-    writer.add_tensor("token_embd.weight", np.zeros((2, 256), dtype=np.float32))
-    for number in range(6):
-        weights = np.full((1024, 256), number, dtype=np.float32)
-        writer.add_tensor(f"blk.{number}.attn_q.weight", weights)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_all_parts_of_a_split_model_come(hub: Hub, fetched):
