@@ -1,18 +1,23 @@
 #!/usr/bin/env bash
-# run_tests.sh PYTEST MARKS ARGS...: the tests that MARKS leave, two at a time, and then, one by one, those that bring
-# up whole systems and want the machine to themselves. Both are run whatever the first finds.
+# run_tests.sh PYTEST MARKS ARGS...: the tests that MARKS leave, in three parts, each run whatever the others find:
+# those that compute with a real model, two at a time; those that mostly wait, four at a time; and those that want the
+# machine to themselves, one by one. A module's stay together, so that its engines are started once, and in order: the
+# unit tests, which are short, come last and fill what is left.
 set -uo pipefail
 
 NOTHING_RAN=5 # pytest's exit code
 pytest=$1 marks=$2
 shift 2
 
-"$pytest" -n 2 -m "($marks) and not system" "$@"
-parts=$?
-"$pytest" -m "($marks) and system" "$@"
-systems=$?
+code=$NOTHING_RAN
+part() {
+    "$pytest" "$@"
+    local found=$?
+    if [ $found -ne $NOTHING_RAN ] && { [ $code -eq 0 ] || [ $code -eq $NOTHING_RAN ]; }; then code=$found; fi
+}
 
-for code in $parts $systems; do
-    if [ "$code" -ne 0 ] && [ "$code" -ne $NOTHING_RAN ]; then exit "$code"; fi
-done
-if [ $parts -eq $NOTHING_RAN ] && [ $systems -eq $NOTHING_RAN ]; then exit $NOTHING_RAN; fi
+together="--dist loadscope --no-loadscope-reorder"
+part -n 2 $together -m "($marks) and model and not alone" "$@"
+part -n 4 $together -m "($marks) and not model and not alone" "$@"
+part -m "($marks) and alone" "$@"
+exit $code

@@ -26,9 +26,9 @@ settings.load_profile("mesh")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark the tests of whole systems, by their folder."""
+    """Tests of whole systems have the machine to themselves."""
     if item.path.parent.name in _SYSTEMS:
-        item.add_marker(pytest.mark.system)
+        item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(autouse=True)

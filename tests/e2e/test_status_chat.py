@@ -175,7 +175,7 @@ class Terminal:
 
 
 def test_ctrl_c_stops_the_answer_and_then_the_chat(mesh_system: MeshUp) -> None:
-    terminal = Terminal("chat", "--url", mesh_system.base_url)
+    terminal = Terminal("chat", "--url", mesh_system.base_url, "--max-tokens", "300")
     question = "Write a very long story about the sea, of many chapters."
     try:
         terminal.until(lambda text: text.endswith("> "))

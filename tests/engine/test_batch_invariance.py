@@ -13,7 +13,6 @@ from engine_driver import EngineDriver
 from numpy.typing import NDArray
 
 from loadtests.rings import model_file
-from loadtests.stack import smollm2_f32
 from shared.protocol import Resumed, Sampling
 from worker.engine.batch import Batch
 from worker.engine.invariant_context import (
@@ -30,9 +29,12 @@ pytestmark = pytest.mark.model
 TOKENS = [random.Random(1).randrange(1_000, 40_000) for _ in range(1_000)]
 
 
-@pytest.fixture(scope="module", params=["F32", "Q4_0"])
-def model(request, tmp_path_factory) -> Model:
-    return Model(str(model_file(request.param, tmp_path_factory.mktemp("invariant"))))
+# Two threads wait for each other, and for long where others have the cores.
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.alone) for name in ("F32", "Q4_0")]
+)
+def model(request, models) -> Model:
+    return Model(str(model_file(request.param, models)))
 
 
 @pytest.fixture(scope="module")
@@ -152,12 +154,11 @@ async def tokens_of_each(engine: EngineDriver, numbers: Sequence[int]) -> list[l
 
 @pytest.mark.asyncio
 async def test_texts_with_weights_of_32_bits_are_the_same_alone_in_company_and_resumed(
-    tmp_path: Path,
+    f32: Path,
 ) -> None:
-    path = str(smollm2_f32(tmp_path))
     options = {"slots": 6, "context": 512, "threads": 1}
-    plain = EngineDriver(path, **options, speculation="off")
-    drafting = EngineDriver(path, **options, speculation="ngram")
+    plain = EngineDriver(str(f32), **options, speculation="off")
+    drafting = EngineDriver(str(f32), **options, speculation="ngram")
     try:
         for engine in (plain, drafting):
             await engine.start()

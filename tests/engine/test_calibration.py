@@ -10,9 +10,9 @@ from pathlib import Path
 
 import llama_cpp.llama_cpp as ll
 import pytest
-from asking import packaged_model
 
 import worker.engine.calibrate
+from loadtests.stack import smollm2
 from worker.engine.calibrate import asked_of, calibrated
 from worker.engine.llama import Context, Model, silence
 from worker.engine.stepper import ContextStepper, run_queue_seconds, spin_rounds
@@ -20,7 +20,7 @@ from worker.link import EngineConfig
 
 pytestmark = pytest.mark.model
 
-PATH = str(packaged_model())
+PATH = str(smollm2())
 CONFIG = EngineConfig(path=PATH, model="small", worker="test", step_tokens=64)
 
 

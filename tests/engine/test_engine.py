@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from asking import PERSON, frames_of, idle, packaged_model, request, text_of, tokens_of
+from asking import PERSON, frames_of, idle, request, text_of, tokens_of
 from engine_driver import EngineDied, EngineDriver, new_attempt
 
 from shared.protocol import (
@@ -33,11 +33,13 @@ pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="module")]
 
 
 async def test_an_answer_is_whole_and_accounted_for(engine):
-    question = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    question = (
+        "<|im_start|>user\nWhat is the capital of Germany?<|im_end|>\n<|im_start|>assistant\n"
+    )
     frames = await frames_of(engine, request(input=TextInput(question)))
 
     deltas = [f for f in frames if isinstance(f, Delta)]
-    assert text_of(frames) == "The capital of France is Paris."
+    assert text_of(frames) == "The capital of Germany is Berlin."
     assert [d.first for d in deltas if d.tokens] == list(range(len(tokens_of(frames))))
     done, end = frames[-2:]
     assert isinstance(done, Done)
@@ -348,8 +350,8 @@ async def _drain(stream) -> None:
         pass
 
 
-async def test_a_killed_engine_is_noticed_by_all_it_served():
-    driver = EngineDriver(str(packaged_model()), slots=2, context=512, threads=1)
+async def test_a_killed_engine_is_noticed_by_all_it_served(q4_0):
+    driver = EngineDriver(str(q4_0), slots=2, context=512, threads=1)
     await driver.start()
     try:
         stream = driver.submit(request(max_tokens=400))

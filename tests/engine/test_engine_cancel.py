@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from asking import packaged_model, request
+from asking import request
 from engine_driver import EngineDriver
 
 from shared.protocol import Sampling
@@ -36,8 +36,8 @@ class Watching(EngineDriver):
                 await asyncio.sleep(0.01)
 
 
-async def test_a_freed_slot_is_told_before_the_next_step_of_those_who_stay():
-    engine = Watching(str(packaged_model()), slots=2, context=1024, threads=1)
+async def test_a_freed_slot_is_told_before_the_next_step_of_those_who_stay(q4_0):
+    engine = Watching(str(q4_0), slots=2, context=1024, threads=1)
     await engine.start()
     try:
         leaving, staying = (request(max_tokens=900, sampling=ENDLESS) for _ in range(2))

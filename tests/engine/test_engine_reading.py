@@ -9,11 +9,12 @@ import time
 
 import msgspec
 import pytest
-from asking import frames_of, idle, packaged_model, request, text_of, tokens_of
+from asking import frames_of, idle, request, text_of, tokens_of
 from engine_driver import EngineDriver, new_attempt
 from test_engine_resume import ASKED, compare, ends, logprobs, start  # noqa: F401  a fixture
 
 from loadtests.near_ties import Judge
+from loadtests.stack import smollm2
 from shared.protocol import Delta, Done, End, Fail, Frame, Generate, Had, Reading, Resumed, Sampling
 from shared.token_check import extend_check
 
@@ -160,10 +161,9 @@ async def every_kind(
     return results
 
 
-async def test_every_kind_of_answer_is_read_on(start):  # noqa: F811
-    path = packaged_model()
-    engine = await start(path)
-    judge = Judge(path)
+async def test_every_kind_of_answer_is_read_on(start, q4_0):  # noqa: F811
+    engine = await start(q4_0)
+    judge = Judge(q4_0)
     try:
         # What it has kept is another owner's where it is to have kept nothing.
         results = await every_kind(engine, engine, judge, every=31, ways=1)
@@ -179,7 +179,7 @@ async def test_every_kind_of_answer_is_read_on(start):  # noqa: F811
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("speculation", ["off", "auto"])
 async def test_at_every_few_tokens_and_with_speculation(start, speculation):  # noqa: F811
-    path = packaged_model()
+    path = smollm2()
     first = await start(path, speculation=speculation)
     other = await start(path, speculation=speculation)
     judge = Judge(path)

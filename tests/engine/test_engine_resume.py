@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 import pytest
 import pytest_asyncio
-from asking import PERSON, frames_of, packaged_model, request, text_of, tokens_of
+from asking import PERSON, frames_of, request, text_of, tokens_of
 from engine_driver import EngineDriver, new_attempt
 
 from loadtests.near_ties import Judge
-from loadtests.stack import smollm2_f32, smollm2_q4_0
+from loadtests.rings import model_file
 from shared.assembly import Assembly
 from shared.protocol import (
     ChatInput,
@@ -213,10 +213,9 @@ async def start() -> AsyncIterator[Callable]:
         await driver.stop()
 
 
-async def test_every_kind_of_answer_goes_on_as_if_nothing_had_happened(start):
-    path = packaged_model()
-    undisturbed, other = await start(path), await start(path)
-    judge = Judge(path)
+async def test_every_kind_of_answer_goes_on_as_if_nothing_had_happened(start, q4_0):
+    undisturbed, other = await start(q4_0), await start(q4_0)
+    judge = Judge(q4_0)
     try:
         results = await every_kind(undisturbed, other, judge, every=5)
     finally:
@@ -230,19 +229,19 @@ async def test_every_kind_of_answer_goes_on_as_if_nothing_had_happened(start):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("make", [smollm2_f32, smollm2_q4_0])
+@pytest.mark.parametrize("target", ["F32", "Q4_0", "Q4_1"])
 @pytest.mark.parametrize("speculation", ["off", "auto"])
-async def test_so_it_is_with_other_formats_and_with_speculation(
-    start, tmp_path: Path, make, speculation
+async def test_so_it_is_with_every_format_and_with_speculation(
+    start, models: Path, target, speculation
 ):
-    path = make(tmp_path)
+    path = model_file(target, models)
     undisturbed, other = await start(path), await start(path, speculation=speculation)
     judge = Judge(path)
     try:
         results = await every_kind(undisturbed, other, judge, every=2)
     finally:
         judge.close()
-    print(make.__name__, speculation, results)
+    print(target, speculation, results)
 
     equal, found = (sum(column) for column in zip(*results.values(), strict=True))
     assert equal >= 0.95 * found
@@ -277,8 +276,8 @@ async def test_what_cannot_be_resumed_is_refused_by_name(engine, resume):
     assert (frame.code, frame.param) == ("invalid_value", "resume")
 
 
-async def test_a_resumed_answer_does_not_wait_behind_others(start):
-    alone = await start(packaged_model(), slots=1)
+async def test_a_resumed_answer_does_not_wait_behind_others(start, q4_0):
+    alone = await start(q4_0, slots=1)
     wanted = request(max_tokens=10)
     whole = await frames_of(alone, wanted)
     _, assembly = cut_off(whole, 4, wanted)

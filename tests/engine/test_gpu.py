@@ -5,8 +5,8 @@ from pathlib import Path
 
 import llama_cpp.llama_cpp as ll
 import pytest
-from asking import packaged_model
 
+from loadtests.stack import smollm2
 from worker import hardware
 from worker.engine import gpu
 from worker.engine.gpu import WHOLE_PART, Offload, offload
@@ -21,7 +21,7 @@ PLACE = RingPlace("g", ("a", "b"), 0, "nats://h", "ring")
 
 
 def config(**fields) -> EngineConfig:
-    return EngineConfig(path=str(packaged_model()), model="m", worker="w", **fields)
+    return EngineConfig(path=str(smollm2()), model="m", worker="w", **fields)
 
 
 def decide(wanted: EngineConfig) -> Offload:

@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
-from asking import frames_of, idle, packaged_model, request, text_of
+from asking import frames_of, idle, request, text_of
 from engine_driver import EngineDriver
 from slot_rows import decode_rows
 
+from loadtests.stack import smollm2
 from shared.protocol import End, Sampling
 from worker.engine.llama import INTERRUPTED, Context, Model, silence
 
@@ -19,7 +20,7 @@ ROWS = 200
 @pytest.fixture
 def context() -> Iterator[Context]:
     silence()
-    model = Model(str(packaged_model()))
+    model = Model(str(smollm2()))
     context = Context(model, slots=2, context=512, step_tokens=256, threads=1, prefill_threads=1)
     yield context
     context.close()
@@ -57,10 +58,8 @@ LONG = "Sum up: " + " ".join(f"case {n} was about the harbour of town {n * 7}." 
 ENDLESS = Sampling(seed=1, temperature=0, ignore_eos=True)
 
 
-async def test_those_who_stay_are_told_the_same_whoever_leaves_amid_a_prompt():
-    engine = EngineDriver(
-        str(packaged_model()), slots=4, context=1024, threads=1, speculation="off"
-    )
+async def test_those_who_stay_are_told_the_same_whoever_leaves_amid_a_prompt(q4_0):
+    engine = EngineDriver(str(q4_0), slots=4, context=1024, threads=1, speculation="off")
     await engine.start()
     try:
         staying = [

@@ -1,7 +1,7 @@
 """The judge of near ties computes what the engine drew from, or its verdicts are worth nothing."""
 
 import pytest
-from asking import PERSON, frames_of, packaged_model, request, tokens_of
+from asking import PERSON, frames_of, request, tokens_of
 
 from loadtests.near_ties import Judge
 from shared.protocol import ChatInput, Constraint, Message, Sampling, TextInput, Tool, ToolChoice
@@ -33,8 +33,8 @@ ASKED = {
 
 
 @pytest.fixture(scope="module")
-def judge():
-    found = Judge(packaged_model())
+def judge(q4_0):
+    found = Judge(q4_0)
     yield found
     found.close()
 
@@ -53,12 +53,14 @@ async def test_the_judge_draws_the_tokens_that_the_engine_drew(engine, judge, ki
 
 
 async def test_a_clear_choice_is_no_near_tie(engine, judge):
-    question = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    question = (
+        "<|im_start|>user\nWhat is the capital of Germany?<|im_end|>\n<|im_start|>assistant\n"
+    )
     wanted = request(input=TextInput(question))
     tokens = tokens_of(await frames_of(engine, wanted))
     words = [judge.pieces[token].decode() for token in tokens]
 
-    assert words[-2:] == [" Paris", "."]
+    assert words[-2:] == [" Berlin", "."]
     assert judge.gap(wanted, tokens[:-2], tokens[-2], tokens[-1]) > 1
     assert judge.gap(wanted, tokens[:-2], tokens[-2], None) > 1
     assert judge.gap(wanted, tokens, None, tokens[-1]) > 1

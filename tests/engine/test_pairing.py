@@ -5,8 +5,8 @@ from pathlib import Path
 
 import gguf
 import pytest
-from asking import packaged_model
 
+from loadtests.stack import smollm2
 from worker.engine.llama import Model, silence
 from worker.engine.requantize import requantize
 from worker.engine.speculation.pairing import Unpaired, check_pair
@@ -68,16 +68,16 @@ def changed(token: int, text: str, kind: int) -> Tokens:
 
 def test_a_model_drafts_for_itself_and_for_its_requantization(tmp_path: Path):
     small = tmp_path / "q4_0.gguf"
-    requantize(packaged_model(), small, "Q4_0")
+    requantize(smollm2(), small, "Q4_0")
     silence()
-    target, draft = (Model(str(path), vocab_only=True) for path in (packaged_model(), small))
+    target, draft = (Model(str(path), vocab_only=True) for path in (smollm2(), small))
     check_pair(target, target)
     check_pair(target, draft)
     check_pair(draft, target)
 
 
 def test_another_tokenizer_s_model_is_refused(speaking):
-    target = Model(str(packaged_model()), vocab_only=True)
+    target = Model(str(smollm2()), vocab_only=True)
     with pytest.raises(Unpaired, match="tokenizer is of type"):
         check_pair(target, speaking())
 

@@ -7,8 +7,7 @@ end less than a tile is computed once more (`tests/unit/test_engine_tiles.py`).
 
 import asyncio
 import random
-import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,6 @@ import pytest_asyncio
 from asking import frames_of, request, tokens_of
 from engine_driver import EngineDriver
 
-from loadtests.stack import smollm2_q4_0
 from shared.protocol import Sampling, TokenInput
 
 pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="module")]
@@ -71,13 +69,6 @@ async def talk(engine: EngineDriver, seed: int, *, at_once: bool = False) -> Tal
     return Talk(answers, cached, possible)
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("models")
-    yield smollm2_q4_0(folder)
-    shutil.rmtree(folder)  # which pytest would keep for three runs
-
-
 @asynccontextmanager
 async def started(target: Path, slots: int, memory: int) -> AsyncIterator[EngineDriver]:
     engine = EngineDriver(
@@ -97,15 +88,15 @@ async def started(target: Path, slots: int, memory: int) -> AsyncIterator[Engine
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def roomy(target: Path) -> AsyncIterator[EngineDriver]:
+async def roomy(q4_0: Path) -> AsyncIterator[EngineDriver]:
     """A slot for each conversation."""
-    async with started(target, CONVERSATIONS, 0) as engine:
+    async with started(q4_0, CONVERSATIONS, 0) as engine:
         yield engine
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def remembering(target: Path) -> AsyncIterator[EngineDriver]:
-    async with started(target, 2, 256 << 20) as engine:
+async def remembering(q4_0: Path) -> AsyncIterator[EngineDriver]:
+    async with started(q4_0, 2, 256 << 20) as engine:
         yield engine
 
 
@@ -126,9 +117,9 @@ async def test_so_do_conversations_at_once(roomy, remembering):
     assert brought.answers == there.answers
 
 
-async def test_without_memory_they_are_computed_again_to_the_same_answers(roomy, target):
+async def test_without_memory_they_are_computed_again_to_the_same_answers(roomy, q4_0):
     there = await talk(roomy, 3)
-    async with started(target, 2, 0) as forgetful:
+    async with started(q4_0, 2, 0) as forgetful:
         again = await talk(forgetful, 3)
 
     assert again.cached < 0.1 * again.possible

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from asking import packaged_model
 
 import mesh.following
+from loadtests.stack import smollm2
 from mesh.cli import main
 from worker.engine.requantize import FILE_TYPES, RequantizeError, WrongRequest, requantize
 from worker.gguf_header import GgufError, read_header
@@ -25,9 +25,9 @@ def test_the_whole_model_comes_out_in_the_other_format(tmp_path: Path):
     told: list[tuple[int, int]] = []
     target = tmp_path / "small.gguf"
     size = requantize(
-        packaged_model(), target, "q4_0", tell=lambda number, count: told.append((number, count))
+        smollm2(), target, "q4_0", tell=lambda number, count: told.append((number, count))
     )
-    before, after = read_header(packaged_model()), read_header(target)
+    before, after = read_header(smollm2()), read_header(target)
     assert size == target.stat().st_size == after.size < before.size
     assert list(after.layer_bytes) == [Q4_0]
     assert after.parameters == before.parameters
@@ -37,22 +37,22 @@ def test_the_whole_model_comes_out_in_the_other_format(tmp_path: Path):
 
 
 def test_a_short_name_stands_for_the_middle_one(tmp_path: Path):
-    requantize(packaged_model(), tmp_path / "m.gguf", "Q4_K")
+    requantize(smollm2(), tmp_path / "m.gguf", "Q4_K")
     assert read_header(tmp_path / "m.gguf").file_type == FILE_TYPES["Q4_K_M"] == 15
 
 
 def test_what_must_not_be_written_is_not(tmp_path: Path):
     source = tmp_path / "m.gguf"
-    source.symlink_to(packaged_model())
+    source.symlink_to(smollm2())
     (tmp_path / "there.gguf").write_text("mine")
     for target, words in (
         (tmp_path / "there.gguf", "is there already; --force replaces it"),
         (tmp_path, "is a folder"),
         (tmp_path / "no" / "x.gguf", "the folder .*/no is not there"),
-        (packaged_model(), "is the source itself"),
+        (smollm2(), "is the source itself"),
     ):
         with pytest.raises(WrongRequest, match=words):
-            requantize(source, target, "Q8_0", force=target == packaged_model())
+            requantize(source, target, "Q8_0", force=target == smollm2())
     assert (tmp_path / "there.gguf").read_text() == "mine"
     requantize(source, tmp_path / "there.gguf", "Q8_0", force=True)
     assert list(read_header(tmp_path / "there.gguf").layer_bytes) == [Q8_0]
@@ -61,13 +61,13 @@ def test_what_must_not_be_written_is_not(tmp_path: Path):
 def test_a_target_that_cannot_be_written_leaves_nothing(tmp_path: Path):
     long = tmp_path / ("x" * 250)
     with pytest.raises(RequantizeError, match=r": File name too long$"):
-        requantize(packaged_model(), long, "Q4_0")
+        requantize(smollm2(), long, "Q4_0")
     assert os.listdir(tmp_path) == []
 
 
 def test_what_llama_cpp_cannot_take_is_said_in_its_words(tmp_path: Path):
     source = tmp_path / "odd.gguf"
-    data = packaged_model().read_bytes()
+    data = smollm2().read_bytes()
     source.write_bytes(data.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0lxxma", 1))
     with pytest.raises(RequantizeError, match=r"^odd\.gguf: .*lxxma") as caught:
         requantize(source, tmp_path / "x.gguf", "Q4_0")
@@ -81,7 +81,7 @@ def test_no_model(tmp_path: Path):
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    command = ["models", "requantize", str(packaged_model()), str(tmp_path / "m.gguf")]
+    command = ["models", "requantize", str(smollm2()), str(tmp_path / "m.gguf")]
     assert main([*command, "--type", "Q4_0"]) == 0
     told = capsys.readouterr()
     assert told.err == f"{tmp_path / 'm.gguf'}: 87.5 MiB\n"
@@ -140,7 +140,7 @@ def test_interrupted_it_leaves_nothing(tmp_path: Path, program: str, number: sig
     # F32 takes long enough to be interrupted: half a gigabyte is written.
     target = tmp_path / "m.gguf"
     words = ["models", "requantize"] if program == "mesh.cli" else []
-    command = [sys.executable, "-m", program, *words, str(packaged_model()), str(target)]
+    command = [sys.executable, "-m", program, *words, str(smollm2()), str(target)]
     with subprocess.Popen([*command, "--type", "F32"], stdout=subprocess.PIPE) as process:
         wait_for(lambda: partials(tmp_path))
         process.send_signal(number)
@@ -162,7 +162,7 @@ def test_killed_it_leaves_nothing_either(tmp_path: Path, monkeypatch: pytest.Mon
         return process
 
     monkeypatch.setattr(mesh.following.subprocess, "Popen", start)
-    command = ["models", "requantize", str(packaged_model()), str(tmp_path / "m.gguf")]
+    command = ["models", "requantize", str(smollm2()), str(tmp_path / "m.gguf")]
     assert main([*command, "--type", "F32"]) == 1
     assert len(started) == 1
     assert os.listdir(tmp_path) == []

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from asking import packaged_model
 from tiny_models import EXPERTS, TINY, VOCABULARY, write_tiny
 
+from loadtests.stack import smollm2
 from mesh.cli import main
 from worker.engine.batch import Batch
 from worker.engine.llama import Context, Model, silence
@@ -189,7 +189,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.chdir(tmp_path)
     text = tmp_path / "sea.txt"
     text.write_text("The sea is wide and deep, and ships cross it from harbour to harbour. " * 40)
-    asked = ["shard", "analyze", str(packaged_model()), "--text", str(text), "--ctx", "64"]
+    asked = ["shard", "analyze", str(smollm2()), "--text", str(text), "--ctx", "64"]
     assert main([*asked, "--pieces", "3", "--threads", "1"]) == 0
     shown = capsys.readouterr().out
     assert "perplexity" in shown

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from asking import packaged_model
 from slot_rows import decode_rows
 
+from loadtests.stack import smollm2
 from worker.engine.llama import Context, Model, silence
 
 pytestmark = pytest.mark.model
@@ -17,7 +17,7 @@ PROMPT = list(range(1000, 1040))
 @pytest.fixture(scope="module")
 def context() -> Iterator[Context]:
     silence()
-    model = Model(str(packaged_model()))
+    model = Model(str(smollm2()))
     context = Context(model, slots=3, context=256, step_tokens=64, threads=1, prefill_threads=1)
     yield context
     context.close()

@@ -7,7 +7,6 @@ token in ten is wrong.
 
 import asyncio
 import json
-import shutil
 import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -20,7 +19,6 @@ from engine_driver import EngineDriver
 
 from loadtests.check_equality import Answer, compare
 from loadtests.near_ties import Judge
-from loadtests.stack import smollm2_f32, smollm2_q4_0
 from shared.assembly import Assembly
 from shared.protocol import (
     ChatInput,
@@ -41,7 +39,7 @@ pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="module")]
 
 NEAR = 0.1
 """Logits; two runs may part where a token was so near to another."""
-CONTEXT = 1024
+CONTEXT = 512
 CODE = "Write a Python function that merges two sorted lists, with a docstring."
 COPY = (
     "Repeat the following text word for word, and write nothing else.\n\n"
@@ -70,23 +68,6 @@ TOOLED = ChatInput(
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    path = tmp_path_factory.mktemp("models")
-    yield path
-    shutil.rmtree(path)  # 630 MB, which pytest would keep for three runs
-
-
-@pytest.fixture(scope="module")
-def target(folder: Path) -> Path:
-    return smollm2_f32(folder)
-
-
-@pytest.fixture(scope="module")
-def draft(folder: Path) -> Path:
-    return smollm2_q4_0(folder)
-
-
 @asynccontextmanager
 async def started(target: Path, **options) -> AsyncIterator[EngineDriver]:
     driver = EngineDriver(
@@ -100,21 +81,21 @@ async def started(target: Path, **options) -> AsyncIterator[EngineDriver]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def plain(target: Path) -> AsyncIterator[EngineDriver]:
-    async with started(target, speculation="off") as driver:
+async def plain(f32: Path) -> AsyncIterator[EngineDriver]:
+    async with started(f32, speculation="off") as driver:
         yield driver
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def speculating(target: Path, draft: Path) -> AsyncIterator[EngineDriver]:
-    async with started(target, draft=str(draft)) as driver:
+async def speculating(f32: Path, q4_0: Path) -> AsyncIterator[EngineDriver]:
+    async with started(f32, draft=str(q4_0)) as driver:
         yield driver
         assert driver.stats.accepted > 0, "nothing was drafted: these tests have shown nothing"
 
 
 @pytest.fixture(scope="module")
-def judge(target: Path) -> Iterator[Judge]:
-    found = Judge(target, context=CONTEXT)
+def judge(f32: Path) -> Iterator[Judge]:
+    found = Judge(f32, context=CONTEXT)
     yield found
     found.close()
 
@@ -342,20 +323,20 @@ async def test_a_client_that_leaves_in_the_middle_frees_its_slot(speculating):
     assert speculating.stats.kv_used == 0
 
 
-async def test_a_draft_model_drafts_where_nothing_repeats(target, draft):
+async def test_a_draft_model_drafts_where_nothing_repeats(f32, q4_0):
     """These answers repeat too little for lookup, but the draft knows nine of ten tokens."""
     asked = [request(f"Write a {name} function that adds two numbers.") for name in ("C", "Python")]
-    async with started(target, draft=str(draft)) as engine:
+    async with started(f32, draft=str(q4_0)) as engine:
         ends = [(await frames_of(engine, again(one, max_tokens=80)))[-1] for one in asked]
-    async with started(target, speculation="ngram") as engine:
+    async with started(f32, speculation="ngram") as engine:
         alone = [(await frames_of(engine, again(one, max_tokens=80)))[-1] for one in asked]
 
     accepted, found = (sum(end.usage.accepted for end in each) for each in (ends, alone))
     assert accepted > found + 20
 
 
-async def test_what_was_drafted_and_accepted_is_told(target, draft):
-    async with started(target, draft=str(draft)) as engine:
+async def test_what_was_drafted_and_accepted_is_told(f32, q4_0):
+    async with started(f32, draft=str(q4_0)) as engine:
         ends = [
             (await frames_of(engine, request(text, max_tokens=48)))[-1] for text in (CODE, COPY)
         ]
@@ -373,13 +354,13 @@ async def test_what_was_drafted_and_accepted_is_told(target, draft):
 
 
 async def test_a_draft_of_another_vocabulary_is_refused_and_the_model_served(
-    target, draft, tmp_path, plain, judge
+    f32, q4_0, tmp_path, plain, judge
 ):
     wrong = tmp_path / "wrong.gguf"
-    wrong.write_bytes(_renamed(draft.read_bytes(), "Ġwater", "Ġwaxer"))
+    wrong.write_bytes(_renamed(q4_0.read_bytes(), "Ġwater", "Ġwaxer"))
     wanted = request(CODE, max_tokens=24)
     without = await frames_of(plain, wanted)
-    async with started(target, draft=str(wrong)) as engine:
+    async with started(f32, draft=str(wrong)) as engine:
         with_it = await frames_of(engine, again(wanted))
         advice = engine.ready.advice
 

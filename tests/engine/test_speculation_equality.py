@@ -5,18 +5,13 @@ from pathlib import Path
 import pytest
 
 from loadtests.check_equality import KINDS, check
-from loadtests.stack import smollm2_f32, smollm2_q4_0
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 
 @pytest.mark.timeout(600)
-async def test_streams_are_equal_or_part_at_near_ties(tmp_path: Path) -> None:
-    target = smollm2_f32(tmp_path)
-    try:
-        outcomes = await check(target, smollm2_q4_0(tmp_path), count=24, tokens=48)
-    finally:
-        target.unlink()
+async def test_streams_are_equal_or_part_at_near_ties(f32: Path, q4_0: Path) -> None:
+    outcomes = await check(f32, q4_0, count=24, tokens=48)
 
     assert {outcome.kind for outcome in outcomes} == set(KINDS)
     assert sum(outcome.drafted for outcome in outcomes) > 0

@@ -1,28 +1,17 @@
 """N-gram lookup alone, and its memory across requests: each owner's apart, or none."""
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from asking import STEADY_ENGINE, frames_of, request, text_of, tokens_of
 from engine_driver import EngineDriver
 
-from loadtests.stack import smollm2_f32
 from shared.protocol import Frame, Generate
 
 pytestmark = [pytest.mark.model]
 
 FEW, MANY = 8, 24
 """Of 48 tokens, right in drafts: by chance, and where the answer was known."""
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """With 32-bit weights: several rows cost little more than one, so drafting pays anywhere."""
-    folder = tmp_path_factory.mktemp("models")
-    yield smollm2_f32(folder)
-    shutil.rmtree(folder)
 
 
 async def asked(target: Path, owners: list[str], wanted=None, **options) -> list[list[Frame]]:
@@ -56,32 +45,32 @@ def known(frames: list[Frame]) -> bool:
     return accepted >= MANY
 
 
-async def test_what_an_owner_was_answered_drafts_for_nobody_else(target):
-    frames = await asked(target, ["ann", "bob", "", "", "ann"])
+async def test_what_an_owner_was_answered_drafts_for_nobody_else(f32):
+    frames = await asked(f32, ["ann", "bob", "", "", "ann"])
 
     assert [known(one) for one in frames] == [False, False, False, False, True]
     assert tokens_of(frames[-1]) == tokens_of(frames[1])
 
 
-async def test_an_owner_may_come_back_after_others(target):
-    frames = await asked(target, ["ann", "bob", "eve", "bob", "ann"])
+async def test_an_owner_may_come_back_after_others(f32):
+    frames = await asked(f32, ["ann", "bob", "eve", "bob", "ann"])
 
     assert [known(one) for one in frames] == [False, False, False, True, True]
 
 
-async def test_nothing_is_kept_across_requests_where_the_memory_is_off(target):
-    frames = await asked(target, ["ann", "ann"], ngram_memory=0)
+async def test_nothing_is_kept_across_requests_where_the_memory_is_off(f32):
+    frames = await asked(f32, ["ann", "ann"], ngram_memory=0)
 
     assert [known(one) for one in frames] == [False, False]
 
 
-async def test_lookup_drafts_what_the_prompt_holds(target):
+async def test_lookup_drafts_what_the_prompt_holds(f32):
     text = (
         "The harbour of Lindholm lies behind two long walls of grey stone. In the morning the "
         "boats come back with herring and cod, and the gulls follow them to the quay."
     )
     copy = f"Repeat the following text word for word, and write nothing else.\n\n{text}"
-    (frames,) = await asked(target, [""], wanted=lambda _: request(copy, max_tokens=48))
+    (frames,) = await asked(f32, [""], wanted=lambda _: request(copy, max_tokens=48))
 
     assert text[:40] in text_of(frames)
     assert frames[-1].usage.accepted > 12

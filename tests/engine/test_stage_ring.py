@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import pytest_asyncio
-from asking import PERSON, frames_of, idle, packaged_model, request, text_of, tokens_of
+from asking import PERSON, frames_of, idle, request, text_of, tokens_of
 from engine_driver import EngineDied, EngineDriver
 
 from shared.broker import NatsServer
@@ -30,15 +30,14 @@ SIZE = {"slots": 4, "context": 512, "threads": 1, "step_tokens": 128}
 class Ring:
     """Three stages of the real model; `head` is asked like any engine."""
 
-    def __init__(self, nats: NatsServer, folder: Path, group: str, **options: object) -> None:
+    def __init__(self, nats: NatsServer, model: Path, group: str) -> None:
         self.engines: list[EngineDriver] = []
         for index, worker in enumerate(WORKERS):
             head = index == len(WORKERS) - 1
             wanted = Wanted(CUTS[index], CUTS[index + 1], head=head)
-            made = make_stage(
-                FileBytes(Path(packaged_model())), wanted, folder, progress=lambda *_: None
-            )
-            engine = EngineDriver(str(made.path), **(SIZE | options))
+            stages = model.parent / "stages"
+            made = make_stage(FileBytes(model), wanted, stages, progress=lambda *_: None)
+            engine = EngineDriver(str(made.path), **SIZE)
             place = RingPlace(
                 group=group,
                 workers=WORKERS,
@@ -62,22 +61,17 @@ class Ring:
             await engine.stop()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("stages")
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def ring(nats_server: NatsServer, folder: Path) -> AsyncIterator[Ring]:
-    made = Ring(nats_server, folder, f"ring-{os.getpid()}")
+async def ring(nats_server: NatsServer, q4_0: Path) -> AsyncIterator[Ring]:
+    made = Ring(nats_server, q4_0, f"ring-{os.getpid()}")
     await made.start()
     yield made
     await made.stop()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def whole() -> AsyncIterator[EngineDriver]:
-    engine = EngineDriver(str(packaged_model()), **SIZE)
+async def whole(q4_0: Path) -> AsyncIterator[EngineDriver]:
+    engine = EngineDriver(str(q4_0), **SIZE)
     await engine.start()
     yield engine
     await engine.stop()
@@ -138,9 +132,9 @@ async def test_one_that_leaves_frees_its_slot(ring: Ring) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda n: n.name)
 @pytest.mark.parametrize("lost", [0, 1])
 async def test_a_stage_that_is_lost_ends_the_ring(
-    nats_server: NatsServer, folder: Path, unique: str, number: signal.Signals, lost: int
+    nats_server: NatsServer, q4_0: Path, unique: str, number: signal.Signals, lost: int
 ) -> None:
-    ring = Ring(nats_server, folder, unique)
+    ring = Ring(nats_server, q4_0, unique)
     await ring.start()
     pid = ring.engines[lost].pid
     try:
@@ -161,9 +155,9 @@ async def _read_out(stream: AsyncIterator[object]) -> None:
 
 
 async def test_stages_that_do_not_agree_are_told_apart(
-    nats_server: NatsServer, folder: Path, unique: str
+    nats_server: NatsServer, q4_0: Path, unique: str
 ) -> None:
-    ring = Ring(nats_server, folder, unique)
+    ring = Ring(nats_server, q4_0, unique)
     ring.engines[1].config = msgspec.structs.replace(ring.engines[1].config, slots=3)
     try:
         with pytest.raises(ExceptionGroup) as caught:

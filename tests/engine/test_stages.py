@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from asking import packaged_model
 from tiny_models import TINY, write_tiny
 
+from loadtests.stack import smollm2
 from shared.planning import SPLITTABLE
 from worker.cut_file import make_stage
 from worker.engine.batch import Batch
@@ -144,7 +144,7 @@ def test_a_wrong_cut_is_told_apart(tmp_path: Path, owner: ExitStack):
 
 
 def test_the_stages_of_the_real_model_give_its_logits(tmp_path: Path, owner: ExitStack):
-    path = Path(packaged_model())
+    path = Path(smollm2())
     ring = Ring(path, (11, 22), tmp_path / "stages", owner)
     whole = Whole(path, owner)
     most = greatest_difference(whole, ring, whole.vocabulary)

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytest_asyncio
-from asking import frames_of, packaged_model, request, tokens_of
+from asking import frames_of, request, tokens_of
 from engine_driver import EngineDriver
 from numpy.typing import NDArray
 
-from loadtests.stack import smollm2_q4_0
+from loadtests.rings import model_file
 from shared.protocol import ChatInput, Message, Resumed, Sampling
 from worker.engine.batch import Batch
 from worker.engine.llama import FLASH_ATTENTION_TILE, Context, Model
@@ -24,13 +24,17 @@ SIZE = 200
 TOKENS = [random.Random(1).randrange(1_000, 40_000) for _ in range(1_000)]
 
 
-@pytest.fixture(scope="module", params=["Q4_0", pytest.param("Q4_1", marks=pytest.mark.slow)])
-def context(request, tmp_path_factory) -> Context:
-    folder = tmp_path_factory.mktemp("tiles")
-    path = packaged_model() if request.param == "Q4_1" else smollm2_q4_0(folder)
-    return Context(
-        Model(str(path)), slots=3, context=512, step_tokens=512, threads=2, prefill_threads=2
-    )
+# Two threads wait for each other, and for long where others have the cores.
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("Q4_0", marks=pytest.mark.alone),
+        pytest.param("Q4_1", marks=[pytest.mark.alone, pytest.mark.slow]),
+    ],
+)
+def context(request, models) -> Context:
+    path = str(model_file(request.param, models))
+    return Context(Model(path), slots=3, context=512, step_tokens=512, threads=2, prefill_threads=2)
 
 
 def logits(
@@ -84,14 +88,9 @@ def test_but_not_those_of_whole_tiles(context) -> None:
     assert not np.array_equal(logits(context, [50] * 4), logits(context, [192, 8]))
 
 
-@pytest.fixture(scope="module")
-def file(tmp_path_factory) -> Path:
-    return smollm2_q4_0(tmp_path_factory.mktemp("tiles"))
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engines(file) -> AsyncIterator[list[EngineDriver]]:
-    drivers = [EngineDriver(str(file), slots=6, context=1024, threads=1) for _ in range(2)]
+async def engines(q4_0: Path) -> AsyncIterator[list[EngineDriver]]:
+    drivers = [EngineDriver(str(q4_0), slots=6, context=1024, threads=1) for _ in range(2)]
     for driver in drivers:
         await driver.start()
     yield drivers
@@ -132,10 +131,10 @@ async def test_a_long_prompts_answer_is_the_same_cold_cached_in_company_and_resu
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_the_turns_of_a_conversation_are_the_same_cached_and_cold(engines, file) -> None:
+async def test_the_turns_of_a_conversation_are_the_same_cached_and_cold(engines, q4_0) -> None:
     talk = [Message("system", RULES + " Be kind.")]
     prompt = 0
-    cold = EngineDriver(str(file), slots=1, context=1024, threads=1)
+    cold = EngineDriver(str(q4_0), slots=1, context=1024, threads=1)
     await cold.start()
     try:
         for turn in range(4):
