@@ -131,13 +131,13 @@ def requantize_command(source: Path, target: Path, file_type: str, *, force: boo
     return [*command, "--", str(source), str(target)]
 
 
-def shape_command(model: str) -> list[str]:
-    """The command line of the process that reads a model's shape.
+def shape_command(model: str, *draft: str) -> list[str]:
+    """The command line of the process that reads a model's shape, and what its draft model takes.
 
     Raises:
         CommandError: the worker's part is not installed here.
     """
-    return [*worker_module("worker.shape"), model]
+    return [*worker_module("worker.shape"), model, *draft]
 
 
 def _script(name: str, extra: str) -> str:

@@ -1,6 +1,7 @@
 """`mesh plan`: what would run where, and why, before anything is loaded."""
 
 import asyncio
+import math
 import subprocess
 import sys
 import tomllib
@@ -20,6 +21,8 @@ from mesh.models import resolve
 from mesh.parts import shape_command
 from mesh.running import find
 from shared.command_line import Refused
+from shared.groups import DraftNeeds
+from shared.head_draft import CELLS, with_draft
 from shared.model_shape import ModelShape
 from shared.partition import Host
 from shared.planning import Plan, Wanted, plan
@@ -56,6 +59,7 @@ def register(app: App, folder: Callable[[Path | None], Path]) -> None:
         model: str,
         /,
         *,
+        draft: Annotated[str, Parameter(show_default=False)] = "",
         workers: Annotated[Path | None, Parameter(show_default=False)] = None,
         ctx: Annotated[int, Parameter(validator=Number(gte=1))] = 4096,
         slots: Annotated[int, Parameter(validator=Number(gte=1))] = 8,
@@ -73,6 +77,8 @@ def register(app: App, folder: Callable[[Path | None], Path]) -> None:
         ----------
         model
             Path of a GGUF file (of a split one, the first part), or SmolLM2-135M-Instruct.
+        draft
+            Path of a draft model's GGUF file, which the worker or the head of several is to have.
         workers
             TOML file with a table [[worker]] for each: name, memory ("24GiB"), rtt_ms (round trip
             to NATS), speed (of decoding, against the others). Without it, the workers that run.
@@ -91,32 +97,58 @@ def register(app: App, folder: Callable[[Path | None], Path]) -> None:
         as_json
             Print JSON.
         """
-        (file,) = resolve((model,), folder(data_dir))
-        shape = msgspec.structs.replace(_shape(file.file), name=file.name)
+        file, *drafts = resolve((model, draft) if draft else (model,), folder(data_dir))
+        shape, needs = _shape(file.file, *(one.file for one in drafts))
+        shape = msgspec.structs.replace(shape, name=file.name)
         hosts = read_hosts(workers) if workers else _running(nats or find(folder(data_dir)).nats)
         wanted = Wanted(context=ctx, slots=slots, cap=max_rtt / 1000, shards=shards)
-        made = plan(shape, hosts, wanted)
+        made, room = plan(shape, hosts, wanted), None
+        if needs is not None and made.stages:
+            made, room = _with_draft(made, shape, tuple(hosts), needs)
         if as_json:
             sys.stdout.write(msgspec.json.format(msgspec.json.encode(made)).decode() + "\n")
         else:
-            Console(highlight=False).print(view(made, shape, hosts, measured=workers is not None))
+            shown = view(made, shape, hosts, measured=workers is not None, draft=room)
+            Console(highlight=False).print(shown)
         return _REFUSED if made.kind == "refused" else 0
 
 
-def _shape(file: str) -> ModelShape:
-    if file.startswith("hf:"):
-        raise Refused("MODEL must be a file that is here; one on the hub has no shape yet")
-    command = shape_command(file)
+def _with_draft(
+    made: Plan, shape: ModelShape, hosts: tuple[Host, ...], needs: DraftNeeds
+) -> tuple[Plan, int | None]:
+    """The plan with room for its draft model, where there is any, and that model's bytes."""
+    smaller = with_draft(made, shape, hosts, needs)
+    head = made.stages[-1].host
+    if smaller is made:
+        least = format_size(needs.memory(math.ceil(CELLS * made.cells), made.step // 2))
+        reason = f"no room for the draft model at {head}: it takes {least}, for which at most a "
+        reason += (
+            "quarter of the cells, half the width of a step and a tenth of the time are given up"
+        )
+        return msgspec.structs.replace(made, reasons=(*made.reasons, reason)), None
+    memory = needs.memory(smaller.cells, smaller.step)
+    reason = f"{head} has room for the draft model: without it there would be {made.cells:,} cells "
+    reason += f"and steps of {made.step} tokens"
+    return msgspec.structs.replace(smaller, reasons=(*made.reasons, reason)), memory
+
+
+def _shape(*files: str) -> tuple[ModelShape, DraftNeeds | None]:
+    """A model's, and what its draft model takes if that is given too."""
+    if any(file.startswith("hf:") for file in files):
+        raise Refused(
+            "MODEL and --draft must be files that are here; what is on the hub has no shape yet"
+        )
+    command = shape_command(*files)
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_READ_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        raise CommandError(f"{file} could not be read within {_READ_SECONDS:g} s") from None
+        raise CommandError(f"{files[0]} could not be read within {_READ_SECONDS:g} s") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines()
-        raise CommandError(lines[-1] if lines else f"{file} could not be read")
-    return msgspec.json.decode(done.stdout, type=ModelShape)
+        raise CommandError(lines[-1] if lines else f"{files[0]} could not be read")
+    return msgspec.json.decode(done.stdout, type=tuple[ModelShape, DraftNeeds | None])
 
 
 def read_hosts(path: Path) -> list[Host]:
@@ -166,7 +198,14 @@ def _running(nats: str) -> list[Host]:
     return hosts
 
 
-def view(made: Plan, shape: ModelShape, hosts: Sequence[Host], *, measured: bool) -> RenderableType:
+def view(
+    made: Plan,
+    shape: ModelShape,
+    hosts: Sequence[Host],
+    *,
+    measured: bool,
+    draft: int | None = None,
+) -> RenderableType:
     """The plan as a person reads it.
 
     Args:
@@ -174,6 +213,7 @@ def view(made: Plan, shape: ModelShape, hosts: Sequence[Host], *, measured: bool
         shape: the model's.
         hosts: all that were looked at.
         measured: whether the hosts' round trips are known.
+        draft: bytes that the draft model of the head takes; None: it has none.
     """
     parts: list[RenderableType] = [_headline(made, shape), Text("")]
     memory = {host.name: host.memory for host in hosts}
@@ -191,6 +231,10 @@ def view(made: Plan, shape: ModelShape, hosts: Sequence[Host], *, measured: bool
             _bar(stage.memory, memory[stage.host]),
             f"{stage.share:.0%}",
         )
+    if draft is not None:
+        head = made.stages[-1].host
+        bar = _bar(draft, memory[head])
+        table.add_row(Text(head), "draft", format_size(draft), format_size(memory[head]), bar, "")
     if made.shards is not None:
         for name in made.replicas:
             table.add_row(

@@ -16,7 +16,7 @@ from shared.model_shape import ModelShape, Scales, Size
 from shared.partition import Host, Stage, deal
 from shared.planning import Plan
 
-__all__ = ("with_draft",)
+__all__ = ("CELLS", "with_draft")
 
 CELLS = 0.75
 """Of the cells without a draft model, as many must be left: the bound that a draft model has on one

@@ -1,6 +1,7 @@
 """What a model file says of its weights, layer by layer, for the planner.
 
-Run as `python -m worker.shape MODEL.gguf` it prints that as JSON, for `mesh plan`.
+Run as `python -m worker.shape MODEL.gguf [DRAFT.gguf]` it prints that, and what the draft model
+takes or null, as a JSON array for `mesh plan`.
 """
 
 import re
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import msgspec
 
+from shared.groups import DraftNeeds
 from shared.model_shape import Layer, ModelShape
+from worker.drafts import may_draft
 from worker.gguf_file import GgufError, GgufFile, read_files
-from worker.gguf_header import header_of
+from worker.gguf_header import Header, estimate_memory, header_of, read_header
 
-__all__ = ("PERIODS", "read_shape", "shape_of")
+__all__ = ("PERIODS", "draft_needs", "read_shape", "shape_of")
 
 PERIODS = {"gemma2": 2, "gemma3": 6}
 """Layers after which kinds of layers repeat where llama.cpp knows that by their number alone: of
@@ -85,13 +88,31 @@ def shape_of(parts: Sequence[GgufFile], name: str) -> ModelShape:
     )
 
 
+def draft_needs(draft: Header) -> DraftNeeds:
+    """As `estimate_memory` has it, whose terms are linear but for attention scores."""
+    weights, cell = draft.tensor_bytes, draft.kv_bytes_per_token
+    return DraftNeeds(
+        weights, cell, estimate_memory(draft, cells=1, step_tokens=1) - weights - cell
+    )
+
+
 def main() -> None:
-    """Print the shape of the model that is named."""
+    """Print the shape of the model that is named first, and what its draft model takes."""
+    model, *others = map(Path, sys.argv[1:])
+    needs = None
     try:
-        shape = read_shape(Path(sys.argv[1]))
+        shape = read_shape(model)
+        for other in others:
+            draft = read_header(other)
+            if not may_draft(read_header(model), draft):
+                sys.exit(
+                    f"{other.name} cannot draft for {model.name}: wanted a model of the same "
+                    "tokens and half its size at most"
+                )
+            needs = draft_needs(draft)
     except GgufError as error:
         sys.exit(str(error))
-    sys.stdout.write(msgspec.json.encode(shape).decode())
+    sys.stdout.write(msgspec.json.encode((shape, needs)).decode())
 
 
 if __name__ == "__main__":

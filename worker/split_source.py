@@ -11,11 +11,11 @@ from shared.groups import DraftNeeds, SplitModel
 from shared.model_shape import ModelShape
 from worker.catalog import ModelSource
 from worker.gguf_file import GgufFile
-from worker.gguf_header import Header, estimate_memory
+from worker.gguf_header import Header
 from worker.hub import credentials
 from worker.model_bytes import ModelBytes, open_model
 from worker.preparing import Need
-from worker.shape import shape_of
+from worker.shape import draft_needs, shape_of
 
 __all__ = ("SplitSource", "digest_of", "opened", "split_source")
 
@@ -112,13 +112,5 @@ def split_source(
             context=wanted.context,
             slots=wanted.slots,
             half=half,
-            draft=None if draft is None else _draft_needs(draft),
+            draft=None if draft is None else draft_needs(draft),
         )
-
-
-def _draft_needs(draft: Header) -> DraftNeeds:
-    """As `estimate_memory` has it, whose terms are linear but for attention scores."""
-    weights, cell = draft.tensor_bytes, draft.kv_bytes_per_token
-    return DraftNeeds(
-        weights, cell, estimate_memory(draft, cells=1, step_tokens=1) - weights - cell
-    )

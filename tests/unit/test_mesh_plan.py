@@ -15,10 +15,10 @@ from shared.partition import Host
 LAYERS = 6
 
 
-def write_model(path: Path, *, architecture: str = "llama") -> Path:
-    """Six layers of 4 MiB each, and an embedding of 1 MiB."""
+def write_model(path: Path, *, architecture: str = "llama", layers: int = LAYERS) -> Path:
+    """Layers of 4 MiB each, and an embedding of 1 MiB."""
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(LAYERS)
+    writer.add_block_count(layers)
     writer.add_embedding_length(256)
     writer.add_feed_forward_length(4096)
     writer.add_head_count(4)
@@ -26,7 +26,7 @@ def write_model(path: Path, *, architecture: str = "llama") -> Path:
     writer.add_context_length(512)
     writer.add_vocab_size(1024)
     writer.add_tensor("token_embd.weight", np.zeros((1024, 256), dtype=np.float32))
-    for layer in range(LAYERS):
+    for layer in range(layers):
         writer.add_tensor(f"blk.{layer}.ffn_up.weight", np.zeros((4096, 256), dtype=np.float32))
     writer.add_tensor("output_norm.weight", np.zeros(256, dtype=np.float32))
     writer.write_header_to_file()
@@ -92,6 +92,48 @@ def test_one_that_fits_is_served_whole(
     shown = capsys.readouterr().out
     assert "on one worker" in shown
     assert "2 hosts could have a copy" in shown
+
+
+def test_the_head_of_a_split_model_has_its_draft_where_there_is_room(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    draft = str(write_model(tmp_path / "one.gguf", layers=1))
+
+    def shown(*memories: str) -> list[str]:
+        hosts = write_hosts(tmp_path / "hosts.toml", *memories)
+        command = ["plan", str(model), "--draft", draft, "--workers", str(hosts), "--slots", "1"]
+        assert main(command) == 0
+        return capsys.readouterr().out.splitlines()
+
+    roomy = shown("28MiB", "28MiB")
+    (row,) = (line for line in roomy if " draft  " in line)
+    (head,) = (line for line in roomy if "+head" in line)
+    assert row.split()[0] == head.split()[0]
+    assert "█" in row
+    assert any("has room for the draft model" in line for line in roomy)
+
+    tight = shown("18MiB", "18MiB")
+    assert not any(" draft  " in line for line in tight)
+    assert any("no room for the draft model" in line for line in tight)
+
+    alone = shown("64MiB")
+    assert any(line.startswith("w1") and " draft  " in line for line in alone)
+
+
+def test_what_cannot_draft_is_one_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    hosts = write_hosts(tmp_path / "hosts.toml", "20MiB", "20MiB")
+    large = write_model(tmp_path / "four.gguf", layers=4)
+    for draft, words in (
+        (large, "four.gguf cannot draft for six.gguf: wanted"),
+        (tmp_path / "none.gguf", "none.gguf"),
+        ("hf:a/b:c.gguf", "on the hub"),
+    ):
+        assert main(["plan", str(model), "--draft", str(draft), "--workers", str(hosts)]) != 0
+        told = capsys.readouterr().err
+        assert words in told
+        assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize(
