@@ -125,8 +125,8 @@ class Stream:
 class FakeDrafter:
     """A draft model that knows the text, and errs as often as it is told to."""
 
-    def __init__(self, machine: Machine, table: Table, quality: Quality) -> None:
-        self.cost = StepCost(table)
+    def __init__(self, machine: Machine, table: Table, quality: Quality, beside: StepCost) -> None:
+        self.cost = StepCost(table, beside=beside)
         self.quality = quality
         self.streams: dict[int, Stream] = {}
         self.passes = 0
@@ -232,9 +232,10 @@ class Simulation:
         """What all tokens would have taken without drafts."""
         self.told: list[Told] = []
         """What the last step told, by stream."""
-        self.drafter = FakeDrafter(self.machine, draft, quality) if quality else None
+        cost = StepCost([(rows, s * rng.lognormvariate(0, misjudged)) for rows, s in target])
+        self.drafter = FakeDrafter(self.machine, draft, quality, cost) if quality else None
         self.speculator = Speculator(
-            StepCost([(rows, s * rng.lognormvariate(0, misjudged)) for rows, s in target]),
+            cost,
             drafter=self.drafter,
             memory=None,
             most_rows=512,

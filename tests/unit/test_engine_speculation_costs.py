@@ -70,6 +70,25 @@ def test_it_follows_a_machine_that_becomes_twice_as_slow_or_fast(rows, factor):
         assert ratio == pytest.approx(factor, rel=0.35)
 
 
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_model_drifts_with_the_one_beside_it_and_learns_how_it_differs(factor):
+    other, before = StepCost(), StepCost()
+    cost = StepCost([(1, 0.002), (32, 0.02)], beside=other)
+    for _ in range(60):
+        other.measured(8, before.seconds(8) * factor)
+
+    drifted = other.seconds(8) / before.seconds(8)
+    assert drifted == pytest.approx(factor, rel=0.05)
+    assert cost.seconds(1) / 0.002 == pytest.approx(cost.seconds(32) / 0.02)
+    assert cost.seconds(1) / 0.002 == pytest.approx(factor, rel=0.35)
+
+    slower = 1.5 * cost.seconds(1)
+    for _ in range(200):
+        cost.measured(1, slower)
+    assert cost.seconds(1) == pytest.approx(slower, rel=0.05)
+    assert other.seconds(8) / before.seconds(8) == drifted
+
+
 def test_it_follows_a_machine_that_becomes_much_slower_though_one_such_step_is_an_outlier():
     cost = StepCost()
     for _ in range(400):

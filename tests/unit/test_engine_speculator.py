@@ -69,6 +69,20 @@ def test_a_draft_model_that_is_worth_it_only_just_costs_little(count, quality, t
     assert simulation.run(4000 + 1000 * count) >= 0.9
 
 
+@pytest.mark.parametrize("quality", [GOOD, FAIR])
+def test_a_machine_that_drifts_does_not_make_the_draft_model_look_cheap(quality):
+    """It is not measured while it does not draft; what it cost before the drift is no more true."""
+
+    def gain(seed: int) -> float:
+        simulation = Simulation(4, quality=quality, prompt=50, length=64, seed=seed)
+        for _ in range(10):
+            simulation.machine.slowness = simulation.rng.choice((1.0, 1.6))
+            simulation.run(simulation.rng.randrange(150, 900))
+        return simulation.gain
+
+    assert statistics.median(map(gain, range(5))) >= 0.99
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_short_answers_do_not_pay_for_a_draft_model_that_reads_their_prompts(count):
     def gain(seed: int) -> float:

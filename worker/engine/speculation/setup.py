@@ -43,15 +43,16 @@ def make_speculator(
     if ll.llama_model_is_recurrent(model.handle) or ll.llama_model_is_hybrid(model.handle):
         log.info("speculation.off", reason="the model's state cannot go back behind a token")
         return None, ""
+    cost = StepCost(calibration.step_seconds, latency=lambda: context.latency)
     drafter, refusal = None, ""
     if config.draft and config.speculation == "auto":
         try:
-            drafter = _drafter(config, model, context, calibration)
+            drafter = _drafter(config, model, context, calibration, cost)
         except (GgufError, LoadError, Unpaired) as error:
             refusal = f"{Path(config.draft).name} cannot draft for {config.model}: {error}"
             log.warning("draft.refused", draft=config.draft, reason=str(error))
     speculator = Speculator(
-        StepCost(calibration.step_seconds, latency=lambda: context.latency),
+        cost,
         drafter=drafter,
         memory=Memory(config.ngram_memory) if config.ngram_memory else None,
         most_rows=config.step_tokens,
@@ -64,6 +65,7 @@ def _drafter(
     target: Model,
     context: Decoder,
     calibration: Calibration,
+    target_cost: StepCost,
 ) -> Drafter:
     """Load the draft model and check that it fits.
 
@@ -95,7 +97,9 @@ def _drafter(
         threads=calibration.threads,
         prefill_threads=calibration.prefill_threads,
     )
-    cost = StepCost(calibrated(model, own, measured).calibration.step_seconds)
+    # What the stages of a ring take is other machines' doing.
+    beside = None if config.ring is not None else target_cost
+    cost = StepCost(calibrated(model, own, measured).calibration.step_seconds, beside=beside)
     return Drafter(
         own,
         cost,
