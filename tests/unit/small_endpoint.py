@@ -18,12 +18,17 @@ class SmallEndpoint:
 
     model = "small"
 
-    def __init__(self, fault: str = "", *, mesh: bool = False, room: int = 1000) -> None:
+    def __init__(
+        self, fault: str = "", *, mesh: bool = False, room: int = 1000, crowd: int = 0
+    ) -> None:
         self.fault = fault
         self.mesh = mesh
         """It has a mesh's /metrics."""
         self.room = room
         """Requests at once; more are told to come again."""
+        self._awaited = crowd
+        """Requests that are still to come before the first is answered."""
+        self._all_came = asyncio.Event()
         self.in_flight = 0
         self.left = 0
         """Clients that were seen to leave."""
@@ -55,6 +60,9 @@ class SmallEndpoint:
         return {"id": self.model, "object": "model", "created": 1, "owned_by": "test"}
 
     async def _counted(self, text: bool, body: bytes, receive: Any, send: Any) -> None:
+        self._awaited -= 1
+        if self._awaited <= 0:
+            self._all_came.set()
         if self.in_flight >= self.room:
             if self.fault == "500 when full":
                 await self._refuse(send, 500, "full", None, None)
@@ -101,6 +109,7 @@ class SmallEndpoint:
         elif asked.get("temperature", 1) > 2 and self.fault != "takes any temperature":
             await self._refuse(send, 400, "too hot", "temperature", "invalid_value")
         else:
+            await self._all_came.wait()
             words = WORDS[: asked["max_tokens"]]
             # Long enough for others to come meanwhile, and for a client to leave.
             await asyncio.sleep(0.02 if len(words) < 100 else 2.0 * (not asked.get("stream")))

@@ -48,7 +48,7 @@ async def test_an_endpoint_that_does_everything_right_passes(mesh: bool) -> None
 
 
 async def test_who_is_told_when_to_come_again_is_no_failure() -> None:
-    found = await report(SmallEndpoint(room=3), "overload")
+    found = await report(SmallEndpoint(room=3, crowd=8), "overload")
     assert ended(found, "pass") == ["overload.burst", "overload.after"]
     assert found.checks[0].detail == "3 answered, 5 told to wait (429)"
 
@@ -99,7 +99,7 @@ async def test_what_is_wrong_fails_its_check(fault: str, check: str, reason: str
     ],
 )
 async def test_a_burst_must_end_well(fault: str, reason: str) -> None:
-    (row,) = (await report(SmallEndpoint(fault, room=3), "overload.burst")).checks
+    (row,) = (await report(SmallEndpoint(fault, room=3, crowd=8), "overload.burst")).checks
     assert row.outcome == "fail"
     assert reason in row.detail
 
