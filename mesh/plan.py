@@ -97,6 +97,8 @@ def register(app: App, folder: Callable[[Path | None], Path]) -> None:
         as_json
             Print JSON.
         """
+        if draft and shards:
+            raise Refused("--draft is of no use with --shards: each finds a draft model by itself")
         file, *drafts = resolve((model, draft) if draft else (model,), folder(data_dir))
         shape, needs = _shape(file.file, *(one.file for one in drafts))
         shape = msgspec.structs.replace(shape, name=file.name)

@@ -134,6 +134,8 @@ def test_what_cannot_draft_is_one_line(
         told = capsys.readouterr().err
         assert words in told
         assert told.count("\n") == 1
+    assert main(["plan", str(model), "--draft", str(large), "--shards"]) != 0
+    assert capsys.readouterr().err.count("--draft is of no use with --shards") == 1
 
 
 @pytest.mark.parametrize(
