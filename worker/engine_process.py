@@ -163,7 +163,12 @@ class EngineProcess:
             self._send(CancelAttempts(attempts))
 
     def kill(self) -> None:
-        """End the process at once: it may wait for what will never come."""
+        """End the process at once: it may wait for what will never come.
+
+        What it has said and nobody has read is not heard: its attempts have been answered.
+        """
+        if self._link is not None:
+            self._link.close()
         if self.pid is not None:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
