@@ -32,7 +32,10 @@ from worker.link import (
     EngineStats,
     Failed,
     FromEngine,
+    Join,
     Ready,
+    RingOver,
+    RingPlace,
     Step,
     Stop,
     Submit,
@@ -110,6 +113,7 @@ class EngineDriver:
         self._link = _Link(self._take, self._after_reading, self._ended)
         self._receivers: dict[int, Callable[[ToDriver], None]] = {}
         self._load: asyncio.Future[Ready] | None = None
+        self._group = ""
         self._reason = "the engine process ended"
 
     async def start(self, timeout: float = 120.0) -> Ready:
@@ -131,6 +135,7 @@ class EngineDriver:
         loop = asyncio.get_running_loop()
         self._load = loop.create_future()
         await loop.create_connection(lambda: self._link, sock=ours)
+        self._group = "" if self.config.ring is None else self.config.ring.group
         self._send(self.config)
         try:
             async with asyncio.timeout(timeout):
@@ -140,11 +145,25 @@ class EngineDriver:
             raise
         return self.ready
 
+    async def join(self, place: RingPlace, timeout: float = 30.0) -> Ready:
+        """Have an engine whose ring is over take part in another one.
+
+        Raises:
+            EngineDied: its process has ended, or that ring is over, too.
+            TimeoutError: it was not ready in time.
+        """
+        self._load = asyncio.get_running_loop().create_future()
+        self._group = place.group
+        self._send(Join(place))
+        async with asyncio.timeout(timeout):
+            self.ready = await self._load
+        return self.ready
+
     async def submit(self, request: Request) -> AsyncGenerator[Frame, None]:
         """Yield the frames of a request; leaving early cancels it on the engine.
 
         Raises:
-            EngineDied: the process ended meanwhile.
+            EngineDied: the process ended meanwhile, or its ring is over.
         """
         queue: asyncio.Queue[ToDriver] = asyncio.Queue()
         try:
@@ -208,12 +227,16 @@ class EngineDriver:
             for mail in message.mail:
                 for frame in decode_frames(mail.frames):
                     self._hand_out(frame)
+        elif isinstance(message, Failed):
+            self._reason = message.message
+        elif isinstance(message, Ready | RingOver) and message.group != self._group:
+            pass  # of a ring that it has left
         elif isinstance(message, Ready):
             assert self._load is not None
             if not self._load.done():
                 self._load.set_result(message)
-        elif isinstance(message, Failed):
-            self._reason = message.message
+        elif isinstance(message, RingOver):
+            self._ended(message.reason)
 
     def _hand_out(self, frame: Frame) -> None:
         receive = self._receivers.get(frame.attempt)

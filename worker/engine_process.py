@@ -20,6 +20,7 @@ from typing import Protocol, cast
 import msgspec
 import structlog
 
+from worker.last_words import LAST_WORDS, last_words
 from worker.link import (
     LENGTH,
     CancelAttempts,
@@ -29,7 +30,6 @@ from worker.link import (
     Join,
     Loading,
     Ready,
-    RingOver,
     RingPlace,
     Step,
     Stop,
@@ -44,7 +44,6 @@ __all__ = (
     "EngineEvents",
     "EngineGaveUp",
     "EngineProcess",
-    "last_words",
     "tied",
 )
 
@@ -52,9 +51,6 @@ ENGINE_COMMAND = (sys.executable, "-m", "worker.engine")
 
 STOP_SECONDS = 5.0
 """How long a child may take to end after `Stop` before it is killed."""
-
-LAST_WORDS = 40
-"""Lines of the child's output kept for the message about its death."""
 
 MAX_MESSAGE = 256 * 1024 * 1024
 """A longer message means that the two ends have lost step."""
@@ -77,8 +73,6 @@ except OSError as error:
     sys.exit(f"cannot start {sys.argv[2]}: {error.strerror}")
 """
 
-_TELLING = ("assert", "error", "failed", "out of memory")
-
 _log = structlog.get_logger()
 
 
@@ -97,7 +91,7 @@ class EngineEvents(Protocol):
     def on_lost(self, reason: str) -> None:
         """The process is gone and with it all it held; it will be started again.
 
-        Or a stage's ring is over: the process is there, and may `join` another.
+        Or its ring is over: the process is there (`loaded`), and may `join` another.
         """
 
 
@@ -146,12 +140,18 @@ class EngineProcess:
         self._link: _Link | None = None
         self._ready_at: float | None = None
         self._was_ready = False
+        self._group = "" if config.ring is None else config.ring.group
         self._log = _log.bind(model=config.model)
 
     @property
     def ready(self) -> bool:
         """Whether a request may be submitted now."""
         return self._link is not None and self._ready_at is not None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the process is there with all that it has loaded."""
+        return self._link is not None and self._was_ready
 
     def submit(self, submit: Submit) -> None:
         """Hand over a request; only while `ready`."""
@@ -163,26 +163,27 @@ class EngineProcess:
             self._send(CancelAttempts(attempts))
 
     def kill(self) -> None:
-        """End the process at once: it may wait for what will never come.
-
-        What it has said and nobody has read is not heard: its attempts have been answered.
-        """
-        if self._link is not None:
-            self._link.close()
+        """End the process at once: it may wait for what will never come."""
+        self.leave()
         if self.pid is not None:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
-    def join(self, place: RingPlace) -> bool:
-        """Have a stage take part in another ring; False: its process is not there."""
-        if self._link is None or not self._was_ready:
-            return False
+    def leave(self) -> None:
+        """Hear no more of what it computes, until it is ready again: all has been answered."""
         self._ready_at = None
+
+    def join(self, place: RingPlace) -> bool:
+        """Have it take part in another ring; False: its process is not there."""
+        if not self.loaded:
+            return False
+        self.leave()
+        self._group = place.group
         self._send(Join(place))
         return True
 
     async def run(self) -> None:
-        """Keep an engine running; that of a ring has one life, for its end is the ring's.
+        """Keep an engine running; that of a ring has one life, for with its end the ring's comes.
 
         Raises:
             EngineGaveUp: the engine said that it cannot serve the model, or died at each start, or
@@ -275,18 +276,21 @@ class EngineProcess:
 
     def _heard(self, message: FromEngine) -> None:
         if isinstance(message, Step):
-            self._events.on_step(message)
+            if self.ready:
+                self._events.on_step(message)
         elif isinstance(message, Loading):
             self._events.on_loading(message.progress)
+        elif isinstance(message, Failed):
+            self._log.debug("engine.refused", reason=message.message)
+        elif message.group != self._group:
+            self._log.debug("engine.late", group=message.group)  # of a ring that it has left
         elif isinstance(message, Ready):
             self._ready_at = time.monotonic()
             self._was_ready = True
             self._events.on_ready(message)
-        elif isinstance(message, RingOver):
-            self._ready_at = None
-            self._events.on_lost(message.reason)
         else:
-            self._log.debug("engine.refused", reason=message.message)
+            self.leave()
+            self._events.on_lost(message.reason)
 
     async def _listen(self, process: asyncio.subprocess.Process, words: deque[str]) -> None:
         """Log what the child prints, line by line, however long a line is."""
@@ -380,19 +384,3 @@ async def _reap(process: asyncio.subprocess.Process) -> None:
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
-
-
-def last_words(code: int | None, words: Sequence[str]) -> str:
-    """One line on how a child ended: its exit, and the line of its output that tells most."""
-    if code is None:
-        how = "the engine closed its connection"
-    elif code >= 0:
-        how = f"the engine ended with exit code {code}"
-    elif -code == signal.SIGKILL:
-        how = "the engine was killed by SIGKILL (out of memory, or by hand)"
-    else:
-        known = -code in set(signal.Signals)
-        how = f"the engine was killed by {signal.Signals(-code).name if known else -code}"
-    telling = [line for line in words if any(mark in line.lower() for mark in _TELLING)]
-    line = (telling or list(words) or [""])[-1]
-    return f"{how}: {line[:300]}" if line else how

@@ -125,7 +125,10 @@ class CancelAttempts(msgspec.Struct, frozen=True, array_like=True, tag="c"):
 
 
 class Join(msgspec.Struct, frozen=True, array_like=True, tag="j"):
-    """To a stage whose ring is over, or is to be: take part in another one, with empty caches."""
+    """Take part in another ring, with empty caches; the one that it is in is over, or is to be.
+
+    What was submitted before is nobody's any more, and nothing is told of it.
+    """
 
     place: RingPlace
 
@@ -153,6 +156,8 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="r"):
     load_seconds: float = 0.0
     embeddings: bool = True
     advice: str = ""
+    group: str = ""
+    """The ring that it is ready for; empty: the engine is not part of one."""
 
 
 class Mail(msgspec.Struct, frozen=True, array_like=True):
@@ -202,8 +207,9 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="f"):
 
 
 class RingOver(msgspec.Struct, frozen=True, array_like=True, tag="o"):
-    """A stage's ring is over; the stage stays loaded, and waits for `Join` or `Stop`."""
+    """The engine's ring is over; what is loaded stays so, and waits for `Join` or `Stop`."""
 
+    group: str
     reason: str
 
 

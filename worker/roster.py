@@ -9,7 +9,6 @@ group, when the worker has claimed that; pinned or not, it goes when the group i
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 
 import msgspec
@@ -20,13 +19,14 @@ from shared.model_shape import ModelShape
 from shared.presence import LoadableModel, ModelState
 from shared.sizes import format_size
 from worker.catalog import ModelSource
+from worker.kept_heads import KeptHeads
 from worker.loadable import survey
 from worker.memory_budget import MemoryBudget
-from worker.part import draft_of_head, prepare_part
+from worker.part import draft_of_head, place_in, prepare_part
 from worker.preparing import Prepared, ServingSettings, prepare, tell_draft
 from worker.serving import Preparing, Serving
 from worker.split_source import SplitSource
-from worker.stages import Stages
+from worker.stages import Kind, Stages, kind_of
 from worker.surroundings import Surroundings
 
 __all__ = ("FAILED_SECONDS", "Roster")
@@ -85,6 +85,8 @@ class Roster:
         self._failed: dict[str, float] = {}
         self._failures: dict[str, str] = {}
         self._in_vain: dict[str, int] = {}
+        self._heads: dict[str, Kind] = {}
+        self._kept = KeptHeads()
         self._groups: Callable[[], Mapping[str, Group]] = dict
         self.stages = Stages(
             around.bus.identity,
@@ -93,6 +95,7 @@ class Roster:
             groups=lambda: self._groups(),
             source=self._split.get,
             free=self._free,
+            make_room=self._drop_kept,
             stopping=around.stopping,
             on_change=self._on_stage,
         )
@@ -111,7 +114,7 @@ class Roster:
     @property
     def tasks(self) -> tuple[asyncio.Task[None], ...]:
         """Those that run the servings."""
-        return tuple(self._tasks.values())
+        return (*self._tasks.values(), *self._kept.tasks)
 
     @property
     def able(self) -> tuple[LoadableModel, ...]:
@@ -198,8 +201,10 @@ class Roster:
         memory = group.head.memory
         if split is None or model in self._servings or memory > self._free():
             return False
-
-        self.stages.drop_kept()
+        kind = self._heads[model] = kind_of(model, group, group.head)
+        if self._rejoin(model, group, kind):
+            return True
+        self._drop_kept()
 
         async def preparing(*, tell: Callable[[str], None]) -> Prepared:
             config = await prepare_part(
@@ -224,8 +229,35 @@ class Roster:
                     taken += draft.memory
             return Prepared(config, split.header, taken)
 
-        self._start(Serving(split.source, self._settings, self._around, preparing, memory=memory))
+        self._start(
+            Serving(
+                split.source,
+                self._settings,
+                self._around,
+                preparing,
+                memory=memory,
+                on_over=self._ring_over,
+            )
+        )
         return True
+
+    def _rejoin(self, model: str, group: Group, kind: Kind) -> bool:
+        """Go on as the head of a group with what is loaded; False: nothing is, or other layers."""
+        kept = self._kept.take(model, kind, self._free())
+        if kept is None:
+            return False
+        serving, task = kept
+        if not serving.join(place_in(group, self._around.bus.identity, self._nats)):
+            return False
+        _log.info("head.rejoins", model=model, group=group.id)
+        self._servings[model], self._tasks[model] = serving, task
+        self._around.on_change()
+        return True
+
+    def _drop_kept(self) -> None:
+        """Let go of all that no group needs: the memory is wanted."""
+        self.stages.drop_kept()
+        self._kept.drop()
 
     def _whole(self, source: ModelSource, budget: MemoryBudget) -> Preparing:
         """How the engine of a whole model is made ready, its memory out of a budget."""
@@ -243,7 +275,9 @@ class Roster:
         serving, task = self._servings.get(model), self._tasks.get(model)
         if serving is None or task is None:
             return
-        serving.attempts.abandon(f"worker {self._around.bus.identity}: {reason}")
+        if serving.leave(reason):
+            self._set_aside(serving)
+            return
         # Else it would have some seconds to hear of it, while it waits for a stage that is gone.
         serving.kill()
         task.cancel()
@@ -255,7 +289,7 @@ class Roster:
         cost = next((known.memory for known in self.able if known.name == model), None)
         if source is None or cost is None or model in self._servings or cost > self._free():
             return False
-        self.stages.drop_kept()
+        self._drop_kept()
         preparing = self._whole(source, MemoryBudget(cost, 1))
         self._start(Serving(source, self._settings, self._around, preparing, memory=cost))
         return True
@@ -302,20 +336,38 @@ class Roster:
         self._in_vain[serving.name] = times
         return min(MOST_REST_SECONDS, REST_SECONDS * 2.0 ** min(times - 1, 16)) if times else 0.0
 
+    def _ring_over(self, serving: Serving, reason: str) -> None:
+        """Its engine says so, of a group that may have been given up before."""
+        if self._servings.get(serving.name) is serving:
+            self._set_aside(serving)
+            self._fail(serving, reason)
+
+    def _set_aside(self, serving: Serving) -> None:
+        """Keep the head of a group that is over for the next one."""
+        name = serving.name
+        del self._servings[name]
+        self._kept.keep(serving, self._tasks.pop(name), self._heads[name])
+        self._around.on_change()
+        self._around.on_release()
+
+    def _fail(self, serving: Serving, reason: str) -> None:
+        if not self.is_pinned(serving.name):
+            self._failed[serving.name] = time.monotonic() + self._rest(serving)
+            self._failures[serving.name] = reason
+        self._on_failed(serving.name, reason)
+
     async def _run(self, serving: Serving) -> None:
-        pinned = self.is_pinned(serving.name)
+        name = serving.name
         try:
             await serving.run()
-            if serving.failure:
-                if not pinned:
-                    self._failed[serving.name] = time.monotonic() + self._rest(serving)
-                    self._failures[serving.name] = serving.failure
-                self._on_failed(serving.name, serving.failure)
+            if serving.failure and self._servings.get(name) is serving:
+                self._fail(serving, serving.failure)
         finally:
-            if not pinned:
+            if not self.is_pinned(name):
                 serving.attempts.abandon(
                     f"worker {self._around.bus.identity} does not serve it any more"
                 )
-                with suppress(KeyError):
-                    del self._servings[serving.name], self._tasks[serving.name]
+                self._kept.forget(serving)
+                if self._servings.get(name) is serving:
+                    del self._servings[name], self._tasks[name]
                 self._around.on_change()

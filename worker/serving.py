@@ -19,7 +19,7 @@ from worker.engine_process import EngineGaveUp, EngineProcess
 from worker.gguf_header import GgufError, Header
 from worker.handing_back import hand_back
 from worker.hub import DownloadStopped, HubError
-from worker.link import EngineStats, Ready, Step
+from worker.link import EngineStats, Ready, RingPlace, Step
 from worker.memory_budget import NotEnoughMemory
 from worker.model_bytes import SourceError
 from worker.model_state import filled_in, under_all_names
@@ -56,6 +56,7 @@ class Serving:
         *,
         pinned: bool = False,
         memory: int = 0,
+        on_over: Callable[["Serving", str], None] = lambda serving, reason: None,
     ) -> None:
         """Make it.
 
@@ -66,6 +67,7 @@ class Serving:
             preparing: how its engine is made ready.
             pinned: the operator named it.
             memory: bytes set aside for it, until that is known better.
+            on_over: told, and why, when its group is over while its engine is there.
         """
         options = source.options
         self.name = source.name
@@ -92,6 +94,7 @@ class Serving:
         self._stats = EngineStats(0, 0, 0.0)
         self._detail = "waiting"
         self._pinned = pinned
+        self._on_over = on_over
         self._memory = memory
         self._state: State = "loading"
         self._since = time.time()
@@ -105,6 +108,11 @@ class Serving:
         return len(self.attempts)
 
     @property
+    def memory(self) -> int:
+        """Bytes that it takes, or is to take."""
+        return self._memory
+
+    @property
     def state(self) -> State:
         """How far it has come."""
         ready = self.attempts.served and self._doors.open
@@ -116,7 +124,7 @@ class Serving:
 
     @property
     def was_ready(self) -> bool:
-        """Whether its engine has ever been."""
+        """Whether its engine has ever been; of a head, in the group that it is in."""
         return self._ready is not None
 
     @property
@@ -164,6 +172,23 @@ class Serving:
         self._admission.draining = True
         self._draining.set()
         self._doors.poke()
+
+    def leave(self, reason: str) -> bool:
+        """End all that runs, for the group is over; whether the engine is there for another."""
+        self.attempts.abandon(f"worker {self._around.bus.identity}: {reason}")
+        engine = self.attempts.engine
+        if engine is None or not engine.loaded:
+            return False
+        engine.leave()
+        self._doors.poke()
+        return True
+
+    def join(self, place: RingPlace) -> bool:
+        """Be the head of another group; False: the engine is not there any more."""
+        engine = self.attempts.engine
+        self._ready = None
+        self._tell("starting")
+        return engine is not None and engine.join(place)
 
     def kill(self) -> None:
         """End the engine at once, whatever it does."""
@@ -232,6 +257,9 @@ class Serving:
         self.attempts.abandon(f"worker {self._around.bus.identity}: {reason}")
         self._tell(f"restarting: {reason}")
         self._doors.poke()
+        engine = self.attempts.engine
+        if engine is not None and engine.loaded:
+            self._on_over(self, reason)
 
     def _wanted(self) -> Wanted:
         serve = self.attempts.served

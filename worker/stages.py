@@ -25,7 +25,7 @@ from worker.part import PartRefused, PartStopped, place_in, prepare_part
 from worker.preparing import ServingSettings
 from worker.split_source import SplitSource
 
-__all__ = ("Stages",)
+__all__ = ("KEEP_SECONDS", "Kind", "Stages", "kind_of")
 
 ROOM_SECONDS = 8.0
 """How long a part waits for the memory of one that is being let go of."""
@@ -39,7 +39,7 @@ LOOK_EVERY = 1.0
 _log = structlog.get_logger()
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
     """What a loaded part is; the same for any group."""
 
     model: str
@@ -57,7 +57,7 @@ class _Carried:
     def __init__(self, model: str, group: Group, part: Part, on_change: Callable[[], None]) -> None:
         self.group: Group | None = group
         self.part = part
-        self.kind = _kind(model, group, part)
+        self.kind = kind_of(model, group, part)
         self.state = "loading"
         self.detail = ""
         self.process: EngineProcess | None = None
@@ -146,6 +146,7 @@ class Stages:
         groups: Callable[[], Mapping[str, Group]],
         source: Callable[[str], SplitSource | None],
         free: Callable[[], int],
+        make_room: Callable[[], None],
         stopping: threading.Event,
         on_change: Callable[[], None],
     ) -> None:
@@ -158,6 +159,7 @@ class Stages:
             groups: those of live leases, by their models.
             source: a model that this worker could carry a part of.
             free: bytes that are left.
+            make_room: lets go of what is kept, `drop_kept` among it.
             stopping: set when the worker ends.
             on_change: told when there is news for a beat.
         """
@@ -167,6 +169,7 @@ class Stages:
         self._groups = groups
         self._source = source
         self._free = free
+        self._make_room = make_room
         self._stopping = stopping
         self._on_change = on_change
         self._carried: list[_Carried] = []
@@ -233,13 +236,13 @@ class Stages:
             carried.task.cancel()
 
     def _begin(self, model: str, group: Group, part: Part, tasks: asyncio.TaskGroup) -> None:
-        kind = _kind(model, group, part)
+        kind = kind_of(model, group, part)
         for carried in self._carried:
             fits = carried.group is None and carried.kind == kind
             if fits and carried.join(group, part, self._worker, self._nats):
                 _log.info("stage.rejoins", model=model, group=group.id)
                 return
-        self.drop_kept()
+        self._make_room()
         carried = _Carried(model, group, part, self._on_change)
         self._carried.append(carried)
         carried.task = tasks.create_task(self._carry(carried), name=f"stage {model}")
@@ -307,5 +310,6 @@ class Stages:
         return sum(one.told.taken for one in later)
 
 
-def _kind(model: str, group: Group, part: Part) -> _Kind:
-    return _Kind(model, group.digest, part.start, part.stop, group.slots, group.context, group.step)
+def kind_of(model: str, group: Group, part: Part) -> Kind:
+    """What a part of a group is, once it is loaded."""
+    return Kind(model, group.digest, part.start, part.stop, group.slots, group.context, group.step)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -27,27 +28,33 @@ CUTS = (0, 11, 22, 30)
 SIZE = {"slots": 4, "context": 512, "threads": 1, "step_tokens": 128}
 
 
+def place_of(nats: NatsServer, group: str, index: int, *, timeout: float = 5.0) -> RingPlace:
+    worker = WORKERS[index]
+    return RingPlace(
+        group=group,
+        workers=WORKERS,
+        index=index,
+        nats=ring_url(nats.url_for(worker)),
+        identity=ring_user(worker),
+        half=False,
+        timeout=timeout,
+    )
+
+
 class Ring:
     """Three stages of the real model; `head` is asked like any engine."""
 
     def __init__(self, nats: NatsServer, model: Path, group: str) -> None:
         self.engines: list[EngineDriver] = []
-        for index, worker in enumerate(WORKERS):
+        for index in range(len(WORKERS)):
             head = index == len(WORKERS) - 1
             wanted = Wanted(CUTS[index], CUTS[index + 1], head=head)
             stages = model.parent / "stages"
             made = make_stage(FileBytes(model), wanted, stages, progress=lambda *_: None)
             engine = EngineDriver(str(made.path), **SIZE)
-            place = RingPlace(
-                group=group,
-                workers=WORKERS,
-                index=index,
-                nats=ring_url(nats.url_for(worker)),
-                identity=ring_user(worker),
-                half=False,
-                timeout=5.0,
+            engine.config = msgspec.structs.replace(
+                engine.config, ring=place_of(nats, group, index)
             )
-            engine.config = msgspec.structs.replace(engine.config, ring=place)
             self.engines.append(engine)
         self.head = self.engines[-1]
 
@@ -146,6 +153,55 @@ async def test_a_stage_that_is_lost_ends_the_ring(
     finally:
         if number is signal.SIGSTOP:
             os.kill(pid, signal.SIGKILL)
+        await ring.stop()
+
+
+async def test_those_that_are_left_of_a_ring_are_part_of_another(
+    nats_server: NatsServer, q4_0: Path, unique: str
+) -> None:
+    """The head and a stage keep what they have loaded, and answer with another in the third place;
+    the head also where it is told to leave while it waits for a stage that hangs."""
+    ring = Ring(nats_server, q4_0, unique)
+    await ring.start()
+    first, head = ring.engines[0], ring.head
+    pids = first.pid, head.pid
+    lost = ring.engines[1].pid
+    try:
+        before = tokens_of(await frames_of(head, request("Tell me about bread.")))
+        stream = head.submit(request(max_tokens=400))
+        await anext(stream)
+        os.kill(lost, signal.SIGKILL)
+        with pytest.raises(EngineDied):
+            await asyncio.wait_for(_read_out(stream), 20)
+        await ring.engines[1].stop()
+        ring.engines[1] = again = EngineDriver(ring.engines[1].config.path, **SIZE)
+        second = [place_of(nats_server, f"{unique}-2", index, timeout=60.0) for index in range(3)]
+        again.config = msgspec.structs.replace(again.config, ring=second[1])
+        async with asyncio.TaskGroup() as group:
+            group.create_task(again.start())
+            group.create_task(first.join(second[0]))
+            group.create_task(head.join(second[2]))
+        assert tokens_of(await frames_of(head, request("Tell me about bread."))) == before
+
+        stream = head.submit(request(max_tokens=400))
+        await anext(stream)
+        os.kill(again.pid, signal.SIGSTOP)
+        await asyncio.sleep(0.5)  # the head waits for the stage that hangs
+        third = [place_of(nats_server, f"{unique}-3", index) for index in range(3)]
+        joining = [
+            asyncio.create_task(one.join(to))
+            for one, to in zip((first, head), third[::2], strict=True)
+        ]
+        os.kill(again.pid, signal.SIGCONT)
+        joining.append(asyncio.create_task(again.join(third[1])))
+        await asyncio.gather(*joining)
+        await stream.aclose()
+        assert tokens_of(await frames_of(head, request("Tell me about bread."))) == before
+        assert (first.pid, head.pid) == pids
+        await idle(head)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(lost, signal.SIGKILL)
         await ring.stop()
 
 

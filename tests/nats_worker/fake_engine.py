@@ -120,7 +120,9 @@ class Engine:
 
     def ready(self) -> None:
         config = self.config
-        self.send(Ready(context=config.context or 2048, slots=config.slots, threads=1))
+        group = "" if config.ring is None else config.ring.group
+        told = Ready(context=config.context or 2048, slots=config.slots, threads=1, group=group)
+        self.send(told)
 
     def serve(self) -> None:
         while True:
@@ -138,6 +140,9 @@ class Engine:
         if isinstance(message, Stop):
             sys.exit(0)
         if isinstance(message, Join):
+            self.running.clear()
+            self.waiting.clear()
+            self.config = msgspec.structs.replace(self.config, ring=message.place)
             self.ready()
             return
         if isinstance(message, CancelAttempts):

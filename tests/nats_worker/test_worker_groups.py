@@ -109,13 +109,18 @@ async def both(start: Any, model: str) -> list[Any]:
     ]
 
 
+def heads(running: list[Any]) -> list[int]:
+    """Process ids of the heads' engines."""
+    return [pid for one in running for pid in one.agent.engine_pids.values()]
+
+
 def stage_processes(running: list[Any]) -> list[psutil.Process]:
     """Engines beside those of heads."""
-    heads = {pid for one in running for pid in one.agent.engine_pids.values()}
+    others = heads(running)
     return [
         child
         for child in psutil.Process().children(recursive=True)
-        if "fake_engine.py" in " ".join(child.cmdline()) and child.pid not in heads
+        if "fake_engine.py" in " ".join(child.cmdline()) and child.pid not in others
     ]
 
 
@@ -188,6 +193,7 @@ async def test_a_part_that_is_lost_ends_the_group_and_another_is_formed(
     stream = await router.ask("tokens=500 every=0.05", model=unique)
     await stream.until(lambda asked: len(asked.frames) > 2)
     (stage,) = stage_processes(running)
+    (head,) = heads(running)
     stage.kill()
     end = await stream.last()
     assert isinstance(end, Fail)
@@ -195,6 +201,9 @@ async def test_a_part_that_is_lost_ends_the_group_and_another_is_formed(
     again = await side.formed(unique, other_than=group.id)
     # Who is left has what it had.
     assert again.parts == group.parts
+    assert heads(running) == [head]
+    # What the head had still said of the answer that is over was not passed on.
+    assert stream.frames[-1] is end
     assert isinstance(await (await router.ask("tokens=2", model=unique)).last(), End)
     assert "killed by SIGKILL" in side.last(group.head.worker).changes[-2].reason
 
@@ -205,7 +214,7 @@ async def test_when_the_head_is_lost_the_others_keep_what_is_loaded(
     running = await both(start, unique)
     group = await side.formed(unique)
     (stage,) = stage_processes(running)
-    (head,) = [pid for one in running for pid in one.agent.engine_pids.values()]
+    (head,) = heads(running)
     os.kill(head, 9)
     again = await side.formed(unique, other_than=group.id)
     assert again.parts == group.parts

@@ -5,7 +5,8 @@ import signal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.engine_process import Backoff, last_words
+from worker.engine_process import Backoff
+from worker.last_words import last_words
 
 
 def test_waits_double_to_a_bound_and_begin_anew_after_health():

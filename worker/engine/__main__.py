@@ -23,14 +23,15 @@ from worker.engine.cpu import advise
 from worker.engine.decoder import Decoder
 from worker.engine.embedding import Embedder
 from worker.engine.gpu import offload
-from worker.engine.intake import Intake, read_message
+from worker.engine.intake import Inbox, Intake, read_message
 from worker.engine.invariant_context import make_context, variance
 from worker.engine.llama import Context, LoadError, Model, silence
 from worker.engine.loop import Loop
 from worker.engine.outbox import Outbox
-from worker.engine.ring import RingBroken
-from worker.engine.ring_setup import join_ring, serve_stage
+from worker.engine.ring_head import RingHead
+from worker.engine.ring_setup import serve_stage
 from worker.engine.room import NoRoom, fit_context
+from worker.engine.speculation.candidates import Counters
 from worker.engine.speculation.setup import make_speculator
 from worker.gguf_header import GgufError, read_header
 from worker.link import MOST_CONTEXT, EngineConfig, Failed, Loading, Ready, decode_config, pack
@@ -55,22 +56,18 @@ def main() -> None:
         if config.ring is not None and not config.ring.head:
             serve_stage(link, config, config.ring, _progress(link))
             os._exit(0)
-        loop = _load(link, config)
+        serve = _load(link, config)
     except (LoadError, NoRoom, GgufError, OSError, RuntimeError) as error:
         link.sendall(pack(Failed(f"{config.path}: {error}")))
         sys.exit(1)
     gc.freeze()  # the vocabulary tables live for ever: never walk them again
-    try:
-        loop.run()
-    except RingBroken as error:
-        # The agent tells all who wait, as of an engine that has died.
-        structlog.get_logger().error("ring.broken", reason=str(error))
-        os._exit(1)
+    serve()
     # an orderly teardown is worth nothing here: exit returns all memory at once
     os._exit(0)
 
 
-def _load(link: socket.socket, config: EngineConfig) -> Loop:
+def _load(link: socket.socket, config: EngineConfig) -> Callable[[], None]:
+    """Load; what is returned tells that it is ready, and serves until told to stop."""
     began = time.monotonic()
     progress = _progress(link)
 
@@ -85,8 +82,11 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
     model = Model(config.path, gpu_layers=gpu.layers, on_progress=weights)
     asked = asked_of(config)
     context: Decoder
+    head: RingHead | None = None
     if config.ring is not None:
-        context = join_ring(model, config, config.ring, asked.limit)
+        head = RingHead(model, config, asked.limit)
+        head.join(config.ring)
+        context = head.context
     else:
         context = _whole(model, config, asked)
     _prove(model, context, config.step_tokens)
@@ -95,34 +95,44 @@ def _load(link: socket.socket, config: EngineConfig) -> Loop:
     speculator, refusal = make_speculator(undecided, model, context, calibration)
     embedder = Embedder(model, config, context.context, calibration.prefill_threads)
     intake = Intake(link, model, config, context.context)
-    loop = Loop(
-        context,
-        embedder,
-        intake,
-        Outbox(link),
-        calibration,
-        speculator,
-        step_tokens=config.step_tokens,
-        prefix_memory=config.prefix_memory,
-    )
     # A stage's file is cut from the model's: advice on its format would name what nobody knows.
     advice = advise(config.path, gpu_layers=gpu.layers) if config.ring is None else ""
     told = (refusal, gpu.advice, variance(model, config), advice)
-    link.sendall(
-        pack(
-            Ready(
-                context=context.context,
-                slots=context.slots,
-                threads=calibration.threads,
-                description=model.description(),
-                load_seconds=round(time.monotonic() - began, 3),
-                embeddings=config.embeddings,
-                advice="; ".join(filter(None, told)),
-            )
-        )
+    ready = Ready(
+        context=context.context,
+        slots=context.slots,
+        threads=calibration.threads,
+        description=model.description(),
+        load_seconds=round(time.monotonic() - began, 3),
+        embeddings=config.embeddings,
+        advice="; ".join(filter(None, told)),
     )
-    intake.start()
-    return loop
+
+    def begin(inbox: Inbox) -> Loop:
+        if speculator is not None:
+            speculator.counters = Counters()  # like all that the loop counts
+        loop = Loop(
+            context,
+            embedder,
+            inbox,
+            Outbox(link),
+            calibration,
+            speculator,
+            step_tokens=config.step_tokens,
+            prefix_memory=config.prefix_memory,
+        )
+        group = "" if inbox.place is None else inbox.place.group
+        link.sendall(pack(msgspec.structs.replace(ready, group=group)))
+        return loop
+
+    def serve() -> None:
+        intake.start()
+        if head is None:
+            begin(intake.inbox).run()
+        else:
+            head.serve(link, intake, begin)
+
+    return serve
 
 
 def _progress(link: socket.socket) -> Callable[[float], None]:

@@ -43,12 +43,13 @@ from worker.link import (
     CancelAttempts,
     EngineConfig,
     Join,
+    RingPlace,
     Stop,
     Submit,
     decode_to_engine,
 )
 
-__all__ = ("Intake", "Rejected", "read_message")
+__all__ = ("Inbox", "Intake", "Rejected", "read_message")
 
 log = structlog.get_logger()
 
@@ -62,6 +63,20 @@ class Rejected(msgspec.Struct, frozen=True):
 
 
 Arrival = Job | EmbedJob | Rejected | CancelAttempts | Stop
+
+
+class Inbox:
+    """What comes for one loop: the engine's only one, or that of a ring of which it is the head."""
+
+    def __init__(self, place: RingPlace | None = None) -> None:
+        self.place = place
+        """In the ring; None: the engine is not part of one."""
+        self.arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
+        """What the loop is to act on."""
+        self.log = ReadingLog()
+        """What the loop keeps of answers; the intake only reads it."""
+        self.on_cancel: Callable[[CancelAttempts], None] = lambda cancelled: None
+        """Called in the thread that reads, when the message is among the arrivals already."""
 
 
 def read_message(link: socket.socket) -> bytes | None:
@@ -83,7 +98,7 @@ def _read(link: socket.socket, size: int) -> bytes | None:
 
 
 class Intake:
-    """Reads the link in a thread of its own; `arrivals` is what the loop is to act on."""
+    """Reads the link in a thread of its own; `inbox` is for the loop that is to run now."""
 
     def __init__(
         self, link: socket.socket, model: Model, config: EngineConfig, context: int
@@ -103,32 +118,51 @@ class Intake:
         self._family = detect_family(source)
         self._thinks = "<think>" in source
         self._constraints = ConstraintCompiler(model.vocab)
-        self.log = ReadingLog()
-        """What the loop keeps of answers; here it is only read."""
-        self.arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
-        self.on_cancel: Callable[[CancelAttempts], None] = lambda cancelled: None
-        """Called in the thread that reads, when the message is among the arrivals already."""
+        self.inbox = Inbox(config.ring)
+        self.on_leave: Callable[[], None] = lambda: None
+        """Called in the thread that reads: the loop is to end, whatever it waits for."""
+        self._following: queue.SimpleQueue[Inbox | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
     def start(self) -> None:
         """Begin to read."""
         self._thread.start()
 
+    @property
+    def leaving(self) -> bool:
+        """Whether there is an inbox to go on with, or the engine is to end."""
+        return not self._following.empty()
+
+    def following(self) -> Inbox | None:
+        """Wait for the inbox to go on with, the last of several; None: the engine ends."""
+        inbox = self._following.get()
+        while inbox is not None and self.leaving:
+            inbox = self._following.get()
+        return inbox
+
     def _run(self) -> None:
         while True:
             data = read_message(self._link)
-            if data is None:
-                self.arrivals.put(Stop())
-                return
-            message = decode_to_engine(data)
+            message = Stop() if data is None else decode_to_engine(data)
             if isinstance(message, Submit):
                 self._submit(message)
-            elif not isinstance(message, Join):  # that is for stages without the head
-                self.arrivals.put(message)
-                if isinstance(message, CancelAttempts):
-                    self.on_cancel(message)
-                if isinstance(message, Stop):
-                    return
+            elif isinstance(message, CancelAttempts):
+                self.inbox.arrivals.put(message)
+                self.inbox.on_cancel(message)
+            elif isinstance(message, Join):
+                self._leave(Inbox(message.place))
+            else:
+                self._leave(None)
+                return
+
+    def _leave(self, following: Inbox | None) -> None:
+        """End the loop, and go on with another inbox."""
+        left = self.inbox
+        if following is not None:
+            self.inbox = following
+        self._following.put(following)
+        left.arrivals.put(Stop())
+        self.on_leave()
 
     def _submit(self, message: Submit) -> None:
         try:
@@ -141,14 +175,14 @@ class Intake:
                 # Told although its router has given up: the agent counts it until it is.
                 raise DeadlineExceeded("the deadline passed before its worker came to it")
             if isinstance(request, Embed):
-                self.arrivals.put(self._embedding(request, message))
+                self.inbox.arrivals.put(self._embedding(request, message))
             else:
-                self.arrivals.put(self._generation(request, message))
+                self.inbox.arrivals.put(self._generation(request, message))
         except MeshError as error:
-            self.arrivals.put(Rejected(message.reply, request.attempt, error))
+            self.inbox.arrivals.put(Rejected(message.reply, request.attempt, error))
         except Exception as error:
             log.exception("request.failed", request=request.id)
-            self.arrivals.put(
+            self.inbox.arrivals.put(
                 Rejected(message.reply, request.attempt, MeshError(f"engine error: {error}"))
             )
 
@@ -181,7 +215,7 @@ class Intake:
             constraint = (
                 tool_constraint(self._family, source.tools, source.tool_choice) or constraint
             )
-        earlier = Earlier(request, self.log)
+        earlier = Earlier(request, self.inbox.log)
         job.record = earlier.record
         for choice, before in enumerate(earlier.resumed):
             if before.done >= 0:

@@ -7,7 +7,7 @@ from shared.errors import CannotContinue, DeadlineExceeded, MeshError
 from shared.protocol import Fail, Frame
 from worker.engine.embedding import Embedder, EmbedJob
 from worker.engine.fair_queue import FairQueue
-from worker.engine.intake import Intake, Rejected
+from worker.engine.intake import Inbox, Rejected
 from worker.engine.job import Job
 from worker.engine.outbox import Outbox
 from worker.engine.running import Running
@@ -22,15 +22,13 @@ _IDLE_SECONDS = 0.5
 class Jobs:
     """Whatever ends one of them, it is told once and what it held is free."""
 
-    def __init__(
-        self, intake: Intake, outbox: Outbox, embedder: Embedder, running: Running
-    ) -> None:
+    def __init__(self, inbox: Inbox, outbox: Outbox, embedder: Embedder, running: Running) -> None:
         self.waiting: FairQueue[Sequence] = FairQueue()
         """Sequences without a slot."""
         self.stopped = False
         """The engine was told to end."""
-        self._arrivals = intake.arrivals
-        self._log = intake.log
+        self._arrivals = inbox.arrivals
+        self._log = inbox.log
         self._outbox = outbox
         self._embedder = embedder
         self._running = running

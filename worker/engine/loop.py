@@ -15,7 +15,7 @@ from worker.engine.calibration import Calibration
 from worker.engine.decoder import Decoder
 from worker.engine.embedding import Embedder
 from worker.engine.filling import Sampled, fill, fill_decoding
-from worker.engine.intake import Intake
+from worker.engine.intake import Inbox
 from worker.engine.jobs import Jobs
 from worker.engine.lanes import deal, overlap
 from worker.engine.llama import INTERRUPTED
@@ -41,13 +41,13 @@ take, so that workers that share a model seldom differ in it."""
 
 
 class Loop:
-    """Serves one model until told to stop."""
+    """Serves one model until told to stop, or until the ring that it is the head of is over."""
 
     def __init__(
         self,
         context: Decoder,
         embedder: Embedder,
-        intake: Intake,
+        inbox: Inbox,
         outbox: Outbox,
         calibration: Calibration,
         speculator: Speculator | None,
@@ -58,7 +58,7 @@ class Loop:
         self._context = context
         self._batch = Batch(step_tokens)
         self._embedder = embedder
-        self._arrivals = intake.arrivals
+        self._arrivals = inbox.arrivals
         self._outbox = outbox
         self._speculator = speculator
         self._tally = Tally()
@@ -73,19 +73,20 @@ class Loop:
             prefix_memory=prefix_memory,
             tiles=Tiles(tile if wide else 0),
         )
-        self._jobs = Jobs(intake, outbox, embedder, self._running)
+        self._jobs = Jobs(inbox, outbox, embedder, self._running)
         self._threads = Threads(context, calibration, speculator)
         self._pace = Pace(step_tokens, calibration.seconds, tile)
         self._prefilling: frozenset[int] = frozenset()
         """Attempts whose prompts are computed in the step that runs."""
         self._interrupting = threading.Lock()
         """So that what is broken off is that step and not the next."""
-        intake.on_cancel = self._interrupt
+        inbox.on_cancel = self._interrupt
 
     def run(self) -> None:
         """Serve until `Stop`.
 
         Raises:
+            RingBroken: the ring is over, and with it all that ran.
             RuntimeError: llama.cpp failed in a way that leaves the cache in doubt; the process is
                 to end, and the agent tells all who wait.
         """
@@ -102,6 +103,10 @@ class Loop:
             if self._embedder:
                 self._embed()
             self._outbox.flush(self._stats)
+
+    def close(self) -> None:
+        """Free the batch; nothing is to be run any more."""
+        self._batch.close()
 
     def _step(self) -> None:
         running = self._running.sequences

@@ -76,21 +76,22 @@ class _Sent(NamedTuple):
 class RingContext:
     """Slots whose cache lies in several processes.
 
+    It is of use from `enter` and `greet` on.
+
     Args:
         stage: the head's own layers.
         embed: looks tokens up.
-        transport: to the other stages and back.
-        group: names this life of the ring.
-        others: stages beside the head, at least 1.
-        most_rows: rows in a pass at most.
-        half: send 16 bits a number, not 32.
-        timeout: seconds after which a stage that does not answer is lost.
     """
 
-    def __init__(
+    def __init__(self, stage: Stage, embed: Callable[[NDArray[np.int32]], Rows]) -> None:
+        self.slots = stage.context.slots
+        self.context = stage.context.context
+        self.tile = stage.context.tile
+        self._stage = stage
+        self._embed = embed
+
+    def enter(
         self,
-        stage: Stage,
-        embed: Callable[[NDArray[np.int32]], Rows],
         transport: RingTransport,
         *,
         group: str,
@@ -99,13 +100,21 @@ class RingContext:
         half: bool,
         timeout: float,
     ) -> None:
-        self.slots = stage.context.slots
-        self.context = stage.context.context
-        self._stage = stage
-        self._embed = embed
+        """Be part of a ring, and of none that was before: with empty caches.
+
+        Args:
+            transport: to the other stages and back.
+            group: names this life of the ring.
+            others: stages beside the head, at least 1.
+            most_rows: rows in a pass at most.
+            half: send 16 bits a number, not 32.
+            timeout: seconds after which a stage that does not answer is lost.
+        """
+        for slot in range(self.slots):
+            self._stage.context.forget(slot)
         self._transport = transport
         self._group = group
-        self.tile = tile = stage.context.tile
+        tile = self.tile
         # A sequence with more rows than a pass has is cut: between tiles then.
         self.together = most_rows - most_rows % tile if tile <= most_rows and tile else most_rows
         self.lanes = others + 1

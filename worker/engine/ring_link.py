@@ -109,6 +109,10 @@ class RingLink:
             raise RingBroken(self._lost or self._gone)
         return data or None
 
+    def break_off(self, why: str) -> None:
+        """Have the ring be at its end for this stage; from any thread."""
+        self._lose(why)
+
     def wake(self) -> None:
         """Have `receive` return with nothing; from any thread."""
         self._came.put(b"")

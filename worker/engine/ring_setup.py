@@ -1,4 +1,4 @@
-"""Setting up one stage of a ring: the head, which serves, and the others, which compute for it."""
+"""Setting up a stage of a ring, and serving as one without the head."""
 
 import os
 import queue
@@ -6,18 +6,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import msgspec
 import structlog
 
 from worker.engine.gpu import offload
 from worker.engine.intake import read_message
 from worker.engine.llama import Model
-from worker.engine.ring import RingBroken, RingContext
+from worker.engine.ring import RingBroken
 from worker.engine.ring_link import RingLink
 from worker.engine.stage import Stage, input_scale
 from worker.engine.stage_loop import StageLoop
-from worker.engine.token_rows import TokenRows
 from worker.link import (
     EngineConfig,
     Join,
@@ -29,22 +28,23 @@ from worker.link import (
     pack,
 )
 
-__all__ = ("join_ring", "serve_stage")
+__all__ = ("connect", "make_stage", "serve_stage")
 
-GREETING_SECONDS = 120.0
-"""How long stages may differ in being ready: others may have far more to load."""
-_HEAD_BYTES = 64 * 1024
-"""Room in a message for what is not rows: with 512 sequences it takes some 3 KB."""
 _IDLE_SECONDS = 1.0
 
 log = structlog.get_logger()
 
 
-def _stage(model: Model, config: EngineConfig, place: RingPlace, threads: int) -> Stage:
+def make_stage(model: Model, config: EngineConfig, *, head: bool, threads: int) -> Stage:
+    """The layers of a stage's file, with caches of as many slots as the engine was told.
+
+    Raises:
+        LoadError: there is no memory for them.
+    """
     architecture = model.metadata("general.architecture") or ""
     return Stage(
         model,
-        head=place.head,
+        head=head,
         scale=input_scale(architecture, model.embedding_size),
         slots=config.slots,
         context=config.context,
@@ -53,42 +53,10 @@ def _stage(model: Model, config: EngineConfig, place: RingPlace, threads: int) -
     )
 
 
-def _link(config: EngineConfig, place: RingPlace) -> RingLink:
+def connect(config: EngineConfig, place: RingPlace) -> RingLink:
+    """The stage's connection to NATS, not opened yet."""
     worker = place.workers[place.index]
     return RingLink(place.nats, identity=place.identity, worker=worker, group=place.group)
-
-
-def join_ring(model: Model, config: EngineConfig, place: RingPlace, threads: int) -> RingContext:
-    """Make the head's context, once all other stages have answered. Blocks.
-
-    Args:
-        model: the head's stage file.
-        config: what the engine was told; its context must be named.
-        place: the head's.
-        threads: of the head's own layers.
-
-    Raises:
-        LoadError: there is no memory for the head's layers.
-        RingBroken: NATS or a stage cannot be reached, or stages do not agree.
-    """
-    stage = _stage(model, config, place, threads)
-    link = _link(config, place)
-    link.__enter__()  # the process keeps it until its end
-    width = 2 if place.half else 4
-    room = (link.most_bytes - _HEAD_BYTES) // (width * stage.width)
-    context = RingContext(
-        stage,
-        TokenRows(Path(config.path)),
-        link.to(place.workers[0]),
-        group=place.group,
-        others=place.index,
-        most_rows=max(1, min(config.step_tokens, room)),
-        half=place.half,
-        timeout=place.timeout,
-    )
-    stages = context.greet(GREETING_SECONDS)
-    log.info("ring.complete", group=place.group, stages=[*stages, place.workers[-1]])
-    return context
 
 
 def serve_stage(
@@ -108,7 +76,7 @@ def serve_stage(
     threads = config.threads or len(os.sched_getaffinity(0))
     gpu = offload(config, config.path)
     model = Model(config.path, on_progress=on_progress, gpu_layers=gpu.layers)
-    stage = _stage(model, config, place, threads)
+    stage = make_stage(model, config, head=False, threads=threads)
     ready = Ready(
         context=stage.context.context,
         slots=config.slots,
@@ -123,13 +91,13 @@ def serve_stage(
     where: RingPlace | None = place
     while where is not None:
         try:
-            with _link(config, where) as ring:
+            with connect(config, where) as ring:
                 orders.wake = ring.wake
-                link.sendall(pack(ready))
+                link.sendall(pack(msgspec.structs.replace(ready, group=where.group)))
                 _serve_ring(stage, where, ring, orders)
         except RingBroken as error:
             log.warning("ring.over", group=where.group, reason=str(error))
-            link.sendall(pack(RingOver(str(error))))
+            link.sendall(pack(RingOver(where.group, str(error))))
         where = orders.next()
         for slot in range(config.slots):
             stage.context.forget(slot)
