@@ -26,9 +26,14 @@ settings.load_profile("mesh")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Tests of whole systems have the machine to themselves."""
-    if item.path.parent.name in _SYSTEMS:
+    """Tests of whole systems have the machine to themselves; see infra/run_tests.sh, too."""
+    folder = item.path.parent.name
+    if folder in _SYSTEMS:
         item.add_marker(pytest.mark.alone)
+    elif folder != "engine":
+        for mark in ("model", "alone"):
+            if item.get_closest_marker(mark):
+                raise pytest.UsageError(f"{item.nodeid}: what is marked {mark} is in tests/engine")
 
 
 @pytest.fixture(autouse=True)
