@@ -215,6 +215,7 @@ def test_an_answer_outlives_a_part(
         assert story.count("stage.begins") == (1 if victim == "engine of the head" else 2), story
         if victim != "worker of a stage":
             assert ("stage.rejoins" in story) == (victim == "engine of the head"), story
+            assert ("head.rejoins" in story) == (victim == "engine of a stage"), story
         print(f"{victim}: longest pause {stream.longest_pause:.1f} s")
         assert system.end() == 0, system.story()
         assert system.left() == []

@@ -1,6 +1,7 @@
 """Kept calibrations: found again, never those of something else, never in the way."""
 
 import os
+import time
 from pathlib import Path
 
 import msgspec
@@ -39,6 +40,21 @@ def test_what_is_stored_is_found_again(model, tmp_path):
 
     assert load(key_of(model), folder) == FOUND
     assert [path.suffix for path in folder.iterdir()] == [".json"]
+
+
+def test_one_that_was_disturbed_is_of_use_for_minutes_and_only_where_it_will_do(model, tmp_path):
+    key, better = key_of(model), msgspec.structs.replace(FOUND, threads=7)
+    store(key, FOUND, tmp_path, disturbed=True)
+    assert load(key, tmp_path) is None
+    assert load(key, tmp_path, disturbed_within=60.0) == FOUND
+
+    (kept,) = tmp_path.glob("*.disturbed.json")
+    os.utime(kept, (time.time() - 61, time.time() - 61))
+    assert load(key, tmp_path, disturbed_within=60.0) is None
+    assert load(key, tmp_path, disturbed_within=90.0) == FOUND
+
+    store(key, better, tmp_path)
+    assert load(key, tmp_path, disturbed_within=90.0) == better
 
 
 def test_another_file_or_wish_is_another_calibration(model, tmp_path):

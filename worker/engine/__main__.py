@@ -19,6 +19,7 @@ import structlog
 from worker.engine.batch import Batch
 from worker.engine.calibrate import asked_of, calibrated
 from worker.engine.calibration import Asked
+from worker.engine.calibration_cache import DISTURBED_SECONDS
 from worker.engine.cpu import advise
 from worker.engine.decoder import Decoder
 from worker.engine.embedding import Embedder
@@ -90,7 +91,9 @@ def _load(link: socket.socket, config: EngineConfig) -> Callable[[], None]:
     else:
         context = _whole(model, config, asked)
     _prove(model, context, config.step_tokens)
-    calibration = calibrated(model, context, config, tell=calibrating).calibration
+    calibration = calibrated(
+        model, context, config, disturbed_within=DISTURBED_SECONDS, tell=calibrating
+    ).calibration
     context.set_threads(calibration.threads, calibration.prefill_threads)
     speculator, refusal = make_speculator(undecided, model, context, calibration)
     embedder = Embedder(model, config, context.context, calibration.prefill_threads)

@@ -30,8 +30,8 @@ __all__ = ("Report", "asked_of", "calibrated", "main")
 
 DISTURBED = 0.1
 """Waiting for a core, all threads together, as a part of the time measured, from which on a
-calibration is used but not kept. Measured on two cores: undisturbed at most 0.01; one thread beside
-one busy process 0.05, with true figures, beside two 0.36; two threads beside one 0.8."""
+calibration is kept for minutes only. Measured on two cores: undisturbed at most 0.01; one thread
+beside one busy process 0.05, with true figures, beside two 0.36; two threads beside one 0.8."""
 
 _LOADING = 0.6
 """What loading the model is of all the progress."""
@@ -63,6 +63,7 @@ def calibrated(
     config: EngineConfig,
     *,
     fresh: bool = False,
+    disturbed_within: float = 0.0,
     tell: Callable[[float], None] = lambda fraction: None,
 ) -> Report:
     """The calibration of a model that is loaded and at rest; its slot 0 is emptied.
@@ -74,6 +75,7 @@ def calibrated(
         context: a context of it in which a token has been generated, so that all pages are there.
         config: what it was loaded with, the number of layers on GPUs included.
         fresh: measure, whatever the cache holds.
+        disturbed_within: seconds; one that was disturbed will do, if it is no older.
         tell: called with the part that is done, 0 to 1, if it takes a while.
 
     Raises:
@@ -92,7 +94,7 @@ def calibrated(
         batch_invariant=isinstance(context, InvariantContext),
     )
     folder = cache_folder() / "calibration"
-    kept = None if fresh else load(key, folder)
+    kept = None if fresh else load(key, folder, disturbed_within=disturbed_within)
     if kept is not None:
         return Report(kept, "cached")
     began, waited = time.monotonic(), run_queue_seconds()
@@ -114,10 +116,8 @@ def calibrated(
         prefill_threads=calibration.prefill_threads,
         disturbed=round(disturbed, 3),
     )
-    if disturbed > DISTURBED:
-        return Report(calibration, "disturbed")
-    store(key, calibration, folder)
-    return Report(calibration, "measured")
+    store(key, calibration, folder, disturbed=disturbed > DISTURBED)
+    return Report(calibration, "disturbed" if disturbed > DISTURBED else "measured")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

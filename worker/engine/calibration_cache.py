@@ -2,12 +2,17 @@
 
 `MESH_CACHE_DIR` names another folder, and `MESH_CALIBRATE=off` does without measurements. A cached
 calibration holds until something of its key changes; `mesh worker calibrate --fresh` replaces it.
+
+What was measured while others kept the cores busy lies beside, for engines that are started anew
+within minutes: that which has died under load would be measured under load again, for seconds in
+which its answers wait.
 """
 
 import hashlib
 import os
 import platform
 import tempfile
+import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +23,13 @@ import structlog
 from worker import hardware
 from worker.engine.calibration import Asked, Calibration
 
-__all__ = ("CacheKey", "cache_key", "load", "store", "switched_off")
+__all__ = ("DISTURBED_SECONDS", "CacheKey", "cache_key", "load", "store", "switched_off")
 
 FORMAT = 2
 """To be raised when a calibration is measured in another way than before."""
+
+DISTURBED_SECONDS = 600.0
+"""How long a calibration that was disturbed is of use."""
 
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -93,9 +101,24 @@ def cache_key(
     )
 
 
-def load(key: CacheKey, folder: Path) -> Calibration | None:
-    """What is kept under this key; None if nothing is, or a file that cannot be used."""
-    path = _path(key, folder)
+def load(key: CacheKey, folder: Path, *, disturbed_within: float = 0.0) -> Calibration | None:
+    """What is kept under this key; None if nothing is, or a file that cannot be used.
+
+    Args:
+        key: of the model and this machine.
+        folder: where calibrations are kept.
+        disturbed_within: seconds; one that was disturbed will do, if it is no older.
+    """
+    kept = _read(key, _path(key, folder))
+    if kept is None and disturbed_within:
+        path = _path(key, folder, disturbed=True)
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime < disturbed_within:
+                kept = _read(key, path)
+    return kept
+
+
+def _read(key: CacheKey, path: Path) -> Calibration | None:
     try:
         record = _decoder.decode(path.read_bytes())
     except FileNotFoundError:
@@ -109,12 +132,15 @@ def load(key: CacheKey, folder: Path) -> Calibration | None:
     return record.calibration
 
 
-def store(key: CacheKey, calibration: Calibration, folder: Path) -> None:
-    """Keep a calibration. A folder that cannot be written is told to the log: all goes on without.
+def store(
+    key: CacheKey, calibration: Calibration, folder: Path, *, disturbed: bool = False
+) -> None:
+    """Keep a calibration; one that was `disturbed` beside what is kept.
 
-    The file appears complete or not at all, whoever else writes it at the same time.
+    A folder that cannot be written is told to the log: all goes on without. The file appears
+    complete or not at all, whoever else writes it at the same time.
     """
-    path = _path(key, folder)
+    path = _path(key, folder, disturbed=disturbed)
     data = msgspec.json.format(msgspec.json.encode(_Record(key, calibration)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,8 +156,9 @@ def store(key: CacheKey, calibration: Calibration, folder: Path) -> None:
         log.warning("calibration.not_kept", path=str(path), reason=error.strerror or str(error))
 
 
-def _path(key: CacheKey, folder: Path) -> Path:
-    return folder / f"{hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:32]}.json"
+def _path(key: CacheKey, folder: Path, *, disturbed: bool = False) -> Path:
+    name = hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:32]
+    return folder / f"{name}{'.disturbed' if disturbed else ''}.json"
 
 
 def _cpu_name() -> str:

@@ -8,6 +8,7 @@ import structlog
 
 from worker.engine.calibrate import calibrated
 from worker.engine.calibration import Calibration
+from worker.engine.calibration_cache import DISTURBED_SECONDS
 from worker.engine.decoder import Decoder
 from worker.engine.gpu import offload
 from worker.engine.llama import Context, LoadError, Model
@@ -99,7 +100,8 @@ def _drafter(
     )
     # What the stages of a ring take is other machines' doing.
     beside = None if config.ring is not None else target_cost
-    cost = StepCost(calibrated(model, own, measured).calibration.step_seconds, beside=beside)
+    report = calibrated(model, own, measured, disturbed_within=DISTURBED_SECONDS)
+    cost = StepCost(report.calibration.step_seconds, beside=beside)
     return Drafter(
         own,
         cost,
