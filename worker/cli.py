@@ -65,7 +65,7 @@ def serve(
     gpu_layers: Annotated[int | None, Parameter(validator=Number(gte=-1))] = None,
     speculation: Speculation = "auto",
     batch_invariant: BatchInvariance = "auto",
-    prefix_memory: str = "512MiB",
+    prefix_memory: str = "",
     activations: Literal["f32", "f16"] = "f32",
     queue: _NotNegative = 64,
     grace: Annotated[float, Parameter(validator=Number(gte=0))] = 30.0,
@@ -101,7 +101,8 @@ def serve(
         Layers on the GPU, -1 for all. Without it, as many as fit into what it has free.
     prefix_memory
         Host memory per model for the KV of conversations whose slots were needed by others, so
-        that they go on without being computed again; 0 keeps none.
+        that they go on without being computed again; 0 keeps none. Without it, a quarter of the
+        worker's memory, at most 4GiB.
     speculation
         Drafting tokens ahead: auto with a draft model, where there is one, and n-gram lookup;
         ngram with lookup alone; off.
@@ -140,7 +141,7 @@ def serve(
             gpu_layers=gpu_layers,
             speculation=speculation,
             batch_invariant=batch_invariant,
-            prefix_memory=0 if prefix_memory == "0" else _size(prefix_memory, "--prefix-memory"),
+            prefix_memory=_prefix_memory(prefix_memory),
             half=activations == "f16",
             cache=cache,
             command=tuple(shlex.split(engine_command)) or ENGINE_COMMAND,
@@ -185,6 +186,11 @@ async def _run(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, agent.stop)
     await agent.run()
+
+
+def _prefix_memory(text: str) -> int | None:
+    """None: as much as is usual."""
+    return 0 if text == "0" else _size(text, "--prefix-memory") or None
 
 
 def _size(text: str, flag: str) -> int:

@@ -19,6 +19,7 @@ from worker.catalog import ModelSource
 from worker.drafts import find_draft, read_candidates
 from worker.gguf_header import GgufError, Header, header_of, read_header
 from worker.hub import HubSource, address, at_hand
+from worker.memory_budget import MOST_PREFIXES
 from worker.model_bytes import SourceError
 from worker.preparing import ServingSettings, need
 from worker.split_source import SplitSource, opened, split_source
@@ -82,7 +83,8 @@ def survey(
         if path is None:
             continue
         engine = wanted.wish + wanted.draft
-        prefixes = min(settings.prefix_memory, engine // PREFIX_SHARE)
+        most = MOST_PREFIXES if settings.prefix_memory is None else settings.prefix_memory
+        prefixes = min(most, engine // PREFIX_SHARE)
         found.append(
             LoadableModel(
                 name=source.name,

@@ -8,7 +8,11 @@ from typing import NamedTuple
 
 from shared.sizes import format_size
 
-__all__ = ("Grant", "MemoryBudget", "NotEnoughMemory")
+__all__ = ("MOST_PREFIXES", "Grant", "MemoryBudget", "NotEnoughMemory", "usual_prefixes")
+
+MOST_PREFIXES = 4 << 30
+"""Bytes that a model's prefixes may have if nobody says otherwise. Where they do not all fit,
+conversations that take turns evict each other, and hardly any is found again."""
 
 
 class Grant(NamedTuple):
@@ -24,6 +28,11 @@ class Grant(NamedTuple):
 
 class NotEnoughMemory(Exception):
     """A model does not fit; the message names both sizes."""
+
+
+def usual_prefixes(total: int) -> int:
+    """Bytes for a model's prefixes on a worker that has so many in all; 0: nothing is limited."""
+    return min(MOST_PREFIXES, total // 4) if total else MOST_PREFIXES
 
 
 class MemoryBudget:

@@ -20,7 +20,7 @@ from worker.engine_process import ENGINE_COMMAND
 from worker.gguf_header import GgufError, Header, estimate_memory, read_header
 from worker.hub import HubError, HubSource, fetch
 from worker.link import MOST_CONTEXT, BatchInvariance, EngineConfig
-from worker.memory_budget import MemoryBudget, NotEnoughMemory
+from worker.memory_budget import MemoryBudget, NotEnoughMemory, usual_prefixes
 
 __all__ = ("Need", "Prepared", "ServingSettings", "choose_draft", "need", "prepare", "tell_draft")
 
@@ -41,8 +41,9 @@ class ServingSettings(msgspec.Struct, frozen=True):
     """Negative: all; None: as many as fit into what GPUs have free."""
     speculation: Speculation = "auto"
     batch_invariant: BatchInvariance = "auto"
-    prefix_memory: int = 512 << 20
-    """Bytes per model for the KV of retired sequences whose slots were needed; 0: none."""
+    prefix_memory: int | None = None
+    """Bytes per model for the KV of retired sequences whose slots were needed; 0: none; None: as
+    `usual_prefixes` says."""
     half: bool = False
     """Whether activations of models that several workers carry travel with 16 bits a number."""
     cache: Path | None = None
@@ -135,7 +136,9 @@ async def prepare(
             least=wanted.least,
             wish=wanted.wish,
             draft=wanted.draft,
-            prefixes=settings.prefix_memory,
+            prefixes=usual_prefixes(budget.total)
+            if settings.prefix_memory is None
+            else settings.prefix_memory,
         )
     except NotEnoughMemory as error:
         raise NotEnoughMemory(f"{path.name}: {error}") from None

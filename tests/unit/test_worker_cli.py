@@ -98,14 +98,14 @@ def test_what_they_may_be_is_told(
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
-        ([], 512 << 20),
+        ([], None),
         (["--prefix-memory", "0"], 0),
         (["--prefix-memory", "64MiB"], 64 << 20),
         (["--prefix-memory", "2gb"], 2 * 10**9),
     ],
 )
 def test_prefix_memory(
-    asked: list[AgentSettings], folder: Path, flags: list[str], wanted: int
+    asked: list[AgentSettings], folder: Path, flags: list[str], wanted: int | None
 ) -> None:
     assert worker.cli.main(["--models", str(folder), *flags]) == 0
     assert asked[0].serving.prefix_memory == wanted

@@ -153,7 +153,14 @@ async def test_a_model_may_be_batch_invariant_where_others_are_not(folder: Path,
 
 async def test_prefixes_get_all_they_wish_where_memory_is_unlimited(prepared):
     config = (await prepared()).config
-    assert (config.prefix_memory, config.memory_limit) == (512 << 20, 0)
+    assert (config.prefix_memory, config.memory_limit) == (4 << 30, 0)
+
+
+@pytest.mark.parametrize(("memory", "wanted"), [(8 << 30, 2 << 30), (64 << 30, 4 << 30)])
+async def test_they_get_a_quarter_of_the_memory_if_nobody_says_otherwise(
+    prepared, memory: int, wanted: int
+):
+    assert (await prepared(memory=memory)).config.prefix_memory == wanted
 
 
 async def test_where_memory_is_unlimited_what_is_wished_for_is_set_aside(folder: Path, prepared):
