@@ -92,13 +92,11 @@ class _Carried:
         self.become("kept")
 
     def join(self, group: Group, part: Part, worker: str, nats: str) -> bool:
-        """Take part in another group; False: the process is not there any more."""
-        if self.process is None:
-            return False
+        """Take part in another group; False: what was loaded is not there any more."""
         place = place_in(group, worker, nats)
         if not self.loaded:
             self._next = place
-        elif not self.process.join(place):
+        elif self.process is None or not self.process.join(place):
             return False
         self.group, self.part = group, part
         self.become("loading")
@@ -228,7 +226,7 @@ class Stages:
         """Keep a part whose group is over, if it can be, but not for ever."""
         if carried.group is not None and carried.group.id in wanted:
             return
-        if carried.group is not None and carried.process is not None:
+        if carried.group is not None and carried.state in ("loading", "ready"):
             carried.keep()
         elif (
             carried.group is not None or time.monotonic() - carried.kept_since > KEEP_SECONDS

@@ -22,8 +22,9 @@ from shared.protocol import End, Fail, Handback
 from shared.replicas import Timing
 from worker import stages
 from worker.gguf_header import estimate_memory, read_header
-from worker.link import Ready
+from worker.link import EngineConfig, Ready
 from worker.outlook import Outlook
+from worker.part import prepare_part
 
 pytestmark = pytest.mark.nats
 
@@ -219,6 +220,32 @@ async def test_when_the_head_is_lost_the_others_keep_what_is_loaded(
     again = await side.formed(unique, other_than=group.id)
     assert again.parts == group.parts
     assert stage_processes(running) == [stage]
+
+
+async def test_a_part_that_is_on_its_way_is_part_of_the_next_group(
+    start: Any, side: Side, unique: str, monkeypatch: pytest.MonkeyPatch, eventually: Any
+) -> None:
+    begun, go_on = 0, asyncio.Event()
+
+    async def slowly(*given: Any, **more: Any) -> EngineConfig:
+        nonlocal begun
+        begun += 1
+        await go_on.wait()
+        return await prepare_part(*given, **more)
+
+    monkeypatch.setattr(stages, "prepare_part", slowly)
+    running = await both(start, unique)
+    await eventually(lambda: begun and heads(running) and None not in heads(running))
+    group = side.group(unique)
+    assert group is not None
+    (head,) = heads(running)
+    os.kill(head, 9)
+    await eventually(lambda: (now := side.group(unique)) is not None and now.id != group.id)
+    go_on.set()
+    again = await side.formed(unique, other_than=group.id)
+    assert again.parts == group.parts
+    assert begun == 1
+    assert len(stage_processes(running)) == 1
 
 
 async def test_a_worker_that_leaves_is_waited_for(
