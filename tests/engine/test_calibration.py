@@ -1,4 +1,4 @@
-"""Calibration of the real model: kept, found again, left out when disturbed; and the process."""
+"""Calibration of the real model: kept, found again, apart when disturbed; and the process."""
 
 import json
 import os
@@ -83,7 +83,9 @@ def test_a_calibration_is_measured_once_and_kept(context, model, tmp_path, monke
     assert again.calibration == first.calibration
 
 
-def test_what_others_disturbed_is_used_and_not_kept(context, model, tmp_path, monkeypatch):
+def test_what_others_disturbed_is_kept_for_those_who_start_anew_alone(
+    context, model, tmp_path, monkeypatch
+):
     monkeypatch.setenv("MESH_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("MESH_CALIBRATE", raising=False)
     waited = count(0, 100)
@@ -93,7 +95,9 @@ def test_what_others_disturbed_is_used_and_not_kept(context, model, tmp_path, mo
 
     assert report.source == "disturbed"
     assert report.calibration.seconds(1) > 0
-    assert list(tmp_path.rglob("*.json")) == []
+    anew = calibrated(model, context, CONFIG, disturbed_within=60.0)
+    assert (anew.source, anew.calibration) == ("cached", report.calibration)
+    assert calibrated(model, context, CONFIG).source == "disturbed"
 
 
 def test_waiting_for_a_core_is_counted_and_never_taken_back():
