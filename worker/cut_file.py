@@ -8,6 +8,7 @@ that ends in `.partial`, and takes its own name when it is whole and its header 
 import fcntl
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -82,7 +83,9 @@ def make_file(
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(path.with_name(f".{path.name}.lock")):
             if path.exists():
-                path.touch()  # it is in use: see `drop_unused`
+                # In use: see `drop_unused`. The time of writing stays, by which its calibration
+                # is known.
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
                 progress(plan.size, plan.size)
                 return MadeFile(path, plan, 0)
             partial = path.with_name(f".{path.name}.partial")
@@ -114,7 +117,7 @@ def drop_unused(folder: Path, model: str, *, now: float) -> list[Path]:
         # Another worker on this host may be removing the same.
         with suppress(FileNotFoundError):
             if named.fullmatch(path.name):
-                found.append((path.stat().st_mtime, path))
+                found.append((path.stat().st_atime, path))
     found.sort(reverse=True)
     gone = [path for used, path in found[KEPT_FILES:] if now - used > UNUSED_SECONDS]
     for path in gone:

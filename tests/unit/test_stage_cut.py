@@ -139,8 +139,13 @@ def test_parts_of_a_split_model_are_one(model: Path, tmp_path: Path):
 
 def test_a_file_is_made_once_and_of_another_model_again(model: Path, tmp_path: Path):
     first = cut_of(model, TAIL, tmp_path)
+    written = first.path.stat().st_mtime_ns
+    os.utime(first.path, ns=(0, written))
     again = cut_of(model, TAIL, tmp_path)
     assert (first.path, again.fetched) == (again.path, 0)
+    # What is known of it by the time of writing holds; when it was used is told by the other.
+    assert again.path.stat().st_mtime_ns == written
+    assert again.path.stat().st_atime_ns > 0
     assert first.fetched == first.plan.fetched > 0
     other = write_model(tmp_path / "tiny.gguf", seed=1)
     assert cut_of(other, TAIL, tmp_path).path != first.path
@@ -194,10 +199,10 @@ def test_of_old_files_the_newest_are_kept_and_those_in_use(model: Path, tmp_path
         path.write_bytes(b"")
     assert len(made) > cut_file.KEPT_FILES
     for age, path in enumerate(made):
-        os.utime(path, (0, now - age * day / 20))
+        os.utime(path, (now - age * day / 20, 0))
     assert drop_unused(tmp_path, FileBytes(model).name, now=now) == []
     for age, path in enumerate(made):
-        os.utime(path, (0, now - (age + 1) * day * 1.1))
+        os.utime(path, (now - (age + 1) * day * 1.1, 0))
     # One of the oldest is asked for once more.
     assert cut_of(model, Wanted(3, 4, head=False), tmp_path).path == made[-1]
     gone = drop_unused(tmp_path, FileBytes(model).name, now=now)
