@@ -122,10 +122,17 @@ class Stream:
         return tokens
 
 
+TAKEN_SECONDS = 20e-6
+"""What a draft model that is the target in another format takes for each token it takes over."""
+
+
 class FakeDrafter:
     """A draft model that knows the text, and errs as often as it is told to."""
 
-    def __init__(self, machine: Machine, table: Table, quality: Quality, beside: StepCost) -> None:
+    def __init__(
+        self, machine: Machine, table: Table, quality: Quality, beside: StepCost, *, kin: bool
+    ) -> None:
+        self.kin = kin
         self.cost = StepCost(table, beside=beside)
         self.quality = quality
         self.streams: dict[int, Stream] = {}
@@ -148,9 +155,26 @@ class FakeDrafter:
     def lag(self, slot: Slot) -> int:
         return len(slot.tokens) - 1 - self._valid[slot.index]
 
+    def unread(self, slot: Slot) -> int:
+        return 0 if self.kin else max(0, self.lag(slot) - 1)
+
+    def catch_up_seconds(self, slot: Slot) -> float:
+        if self.lag(slot) <= 1:
+            return 0.0
+        if self.kin:
+            return slot.cached * TAKEN_SECONDS
+        return self.unread(slot) * self.cost.seconds(64) / 64
+
+    def begins_with(self, slot: Slot, _: int) -> int:
+        # One that lags by more has caught up wholly before it drafts.
+        return 2 if self.lag(slot) == 1 else 1
+
     def catch_up(self, slots: Sequence[Slot]) -> bool:
         left = 128
         for slot in slots:
+            if self.kin and self.lag(slot) > 1:
+                self._machine.now += slot.cached * TAKEN_SECONDS
+                self._valid[slot.index] = slot.cached
             rows = min(left, self.lag(slot))
             if rows > 1:
                 self._pass(rows)
@@ -204,6 +228,7 @@ class Simulation:
         text: what they say.
         quality: of the draft model; None: there is none.
         target, draft: seconds by rows.
+        kin: the draft model takes over what the target has computed.
         noise: of every measurement, as the standard deviation of its logarithm.
         misjudged: the same of the calibration that the speculator begins with.
         prompt: tokens of each prompt.
@@ -218,6 +243,7 @@ class Simulation:
         quality: Quality | None = None,
         target: Table = F32,
         draft: Table = Q4_0,
+        kin: bool = False,
         noise: float = 0.05,
         misjudged: float = 0.0,
         prompt: int = 100,
@@ -233,7 +259,7 @@ class Simulation:
         self.told: list[Told] = []
         """What the last step told, by stream."""
         cost = StepCost([(rows, s * rng.lognormvariate(0, misjudged)) for rows, s in target])
-        self.drafter = FakeDrafter(self.machine, draft, quality, cost) if quality else None
+        self.drafter = FakeDrafter(self.machine, draft, quality, cost, kin=kin) if quality else None
         self.speculator = Speculator(
             cost,
             drafter=self.drafter,

@@ -1,5 +1,7 @@
 """The draft's cache against lists of tokens: what it holds for a slot is the slot's own text."""
 
+import time as clock
+
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -29,7 +31,8 @@ class FakeContext:
 
     def __init__(self):
         self.cache = [[] for _ in range(SLOTS)]
-        self.refuses_copies = False
+        self.refuses_copies = self.refuses_taking = False
+        self.taken = 0
         self.code = 0
         self.calls = []
         self._outputs = []
@@ -73,6 +76,22 @@ class FakeContext:
         self.cache[left], self.cache[right] = self.cache[right], self.cache[left]
         return True
 
+    def take(self, slot, other):
+        self.taken += 1
+        self.cache[slot] = [] if self.refuses_taking else other.held(slot)
+        return not self.refuses_taking
+
+
+class FakeTarget:
+    """What the target has computed of its slots."""
+
+    def __init__(self, slots):
+        self.slots = slots
+
+    def held(self, index):
+        slot = self.slots[index]
+        return slot.tokens[: slot.cached]
+
 
 class Guesser:
     def guess(self, row):
@@ -80,9 +99,9 @@ class Guesser:
         return int(row.argmax()), float(row.max())
 
 
-def make():
+def make(kin=None):
     context = FakeContext()
-    drafter = Drafter(context, StepCost(), step_tokens=STEP_TOKENS, vocabulary=VOCABULARY)
+    drafter = Drafter(context, StepCost(), step_tokens=STEP_TOKENS, vocabulary=VOCABULARY, kin=kin)
     return context, drafter
 
 
@@ -94,8 +113,11 @@ class Following(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.context, self.drafter = make()
         self.all = [Slot(index) for index in range(SLOTS)]
+        self.context, self.drafter = make(self.kin())
+
+    def kin(self):
+        return None
 
     def busy(self):
         return [slot for slot in self.all if slot.busy]
@@ -211,7 +233,19 @@ class Following(RuleBasedStateMachine):
             assert self.drafter._computed[slot.index] == self.drafter._valid[slot.index]
 
 
+class TakingOver(Following):
+    """The same of a draft that takes over what the target has computed, until that is refused."""
+
+    def kin(self):
+        return FakeTarget(self.all)
+
+    @rule()
+    def refuse(self):
+        self.context.refuses_taking = True
+
+
 TestFollowing = Following.TestCase
+TestTakingOver = TakingOver.TestCase
 
 
 def begun(drafter, *sizes):
@@ -271,3 +305,86 @@ def test_slots_that_cannot_be_swapped_are_an_error():
 
     with pytest.raises(RuntimeError, match="could not swap the draft's slots 0 and 1"):
         drafter.swapped(0, 1)
+
+
+def computed(drafter, *sizes):
+    slots = begun(drafter, *sizes)
+    for slot in slots:
+        slot.cached = len(slot.tokens) - 1
+    return slots
+
+
+def test_what_the_target_has_computed_is_not_read_again():
+    all_slots = []
+    context, drafter = make(FakeTarget(all_slots))
+    all_slots += computed(drafter, 300, 20)
+
+    assert [drafter.unread(slot) for slot in all_slots] == [0, 0]
+    assert drafter.catch_up(all_slots)
+    assert [drafter.lag(slot) for slot in all_slots] == [0, 0]
+    drafts, _ = drafter.draft(all_slots, [Guesser()] * 2, 3, lambda _: True)
+
+    assert context.calls == [2, 2, 2]
+    assert drafts[0][0] == next_of(all_slots[0].tokens)
+
+
+def test_a_few_tokens_are_read_where_that_is_sooner_than_taking_all_over():
+    all_slots = []
+    context, drafter = make(FakeTarget(all_slots))
+    drafter._taken_seconds = 1.0
+    all_slots += computed(drafter, 30)
+
+    assert drafter.unread(all_slots[0]) == 28
+    assert drafter.catch_up(all_slots)
+    assert context.taken == 0
+    assert context.calls == [29]
+
+
+def test_what_llama_cpp_does_not_hand_over_is_read_and_not_asked_for_again():
+    all_slots = []
+    context, drafter = make(FakeTarget(all_slots))
+    context.refuses_taking = True
+    all_slots += computed(drafter, 30, 40)
+
+    assert drafter.catch_up(all_slots)
+    assert context.taken == 1
+    assert context.calls == [29, 39]
+    assert drafter.unread(all_slots[0]) == 0
+
+
+def test_taking_over_is_reckoned_with_at_what_it_takes():
+    all_slots = []
+    _, drafter = make(FakeTarget(all_slots))
+    all_slots += computed(drafter, 300)
+    before = drafter.catch_up_seconds(all_slots[0])
+    drafter.catch_up(all_slots)
+
+    assert drafter.catch_up_seconds(all_slots[0]) == 0
+    drafter.took(0, 0, 0)
+    assert 0 < drafter.catch_up_seconds(all_slots[0]) < before
+
+
+@pytest.mark.parametrize(("passed", "taken"), [(0.0, 1), (10.0, 2)])
+def test_what_the_draft_has_computed_is_taken_over_again_when_time_has_passed(
+    monkeypatch, passed, taken
+):
+    now = [1000.0]
+    monkeypatch.setattr(clock, "perf_counter", lambda: now[0])
+    all_slots = []
+    context, drafter = make(FakeTarget(all_slots))
+    drafter.cost.measured = lambda rows, seconds: None
+    (slot,) = computed(drafter, 30)
+    all_slots.append(slot)
+    drafter.catch_up(all_slots)
+    (draft,), _ = drafter.draft(all_slots, [Guesser()], 3, lambda _: True)
+    slot.tokens += draft[:2]
+    slot.cached = len(slot.tokens) - 1
+    drafter.accepted(slot.index, slot.cached)
+    drafter._taken_seconds = 0.001
+    now[0] += passed
+    drafter.catch_up(all_slots)
+
+    (draft,), _ = drafter.draft(all_slots, [Guesser()], 1, lambda _: True)
+
+    assert context.taken == taken
+    assert draft[0] == next_of(slot.tokens)

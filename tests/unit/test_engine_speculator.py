@@ -102,6 +102,24 @@ def test_short_answers_do_not_pay_for_a_draft_model_that_reads_their_prompts(cou
     assert statistics.median(map(gain, range(5))) >= 0.98
 
 
+def test_short_answers_gain_where_the_target_has_read_their_prompts_for_the_draft_model():
+    def gain(*, kin: bool, seed: int = 1) -> float:
+        simulation = Simulation(
+            1,
+            quality=GOOD,
+            target=F32_ONE_CORE,
+            draft=Q4_0_ONE_CORE,
+            kin=kin,
+            prompt=60,
+            length=40,
+            seed=seed,
+        )
+        simulation.run(400)
+        return simulation.run(4000)
+
+    assert gain(kin=True) >= 1.25 > gain(kin=False) + 0.1
+
+
 @COUNTS
 def test_it_notices_that_drafts_become_bad_and_good_again(count):
     simulation = Simulation(count, quality=GOOD, target=FLAT, draft=CHEAP)

@@ -223,6 +223,8 @@ class Context:
             params.flash_attn_type = FLASH_ATTENTION_OFF
         else:
             params.flash_attn_type = FLASH_ATTENTION_ON
+        self.cache_format = (int(params.type_k), int(params.type_v), int(params.flash_attn_type))
+        """Of keys and values; those of another context are of use if it has the same."""
         params.no_perf = True
         if embeddings:
             params.embeddings = True
@@ -335,6 +337,13 @@ class Context:
         if first is None or second is None:
             return False
         return self._restore(first, right) and self._restore(second, left)
+
+    def take(self, slot: int, other: "Context") -> bool:
+        """Make a slot hold what the same slot of another context holds, of the same layers and
+        `cache_format`; False: llama.cpp refused, and the slot is empty.
+        """
+        state = other._save(slot, 0)
+        return state is not None and self._restore(state, slot)
 
     def save(self, slot: int) -> NDArray[np.uint8] | None:
         """A slot's state as an array of its own, for `restore`; None: llama.cpp refused."""

@@ -14,6 +14,7 @@ from worker.engine.gpu import offload
 from worker.engine.llama import Context, LoadError, Model
 from worker.engine.speculation.costs import StepCost
 from worker.engine.speculation.drafter import Drafter
+from worker.engine.speculation.kinship import same_model
 from worker.engine.speculation.memory import Memory
 from worker.engine.speculation.pairing import Unpaired, check_pair
 from worker.engine.speculation.speculator import Speculator
@@ -100,6 +101,8 @@ def _drafter(
     )
     # What the stages of a ring take is other machines' doing.
     beside = None if config.ring is not None else target_cost
+    kin = _kin(config, context, own)
+    log.info("draft.loaded", draft=config.draft, reads_prompts=kin is None)
     report = calibrated(model, own, measured, disturbed_within=DISTURBED_SECONDS)
     cost = StepCost(report.calibration.step_seconds, beside=beside)
     return Drafter(
@@ -107,4 +110,17 @@ def _drafter(
         cost,
         step_tokens=config.step_tokens,
         vocabulary=min(model.vocab_size, target.vocab_size),
+        kin=kin,
     )
+
+
+def _kin(config: EngineConfig, target: Decoder, draft: Context) -> Context | None:
+    """The target's context, if the draft can go by its keys and values.
+
+    Raises:
+        GgufError: one of the files is no model that could be read.
+    """
+    # Of a split model, each host has those of its own layers only.
+    if not isinstance(target, Context) or target.cache_format != draft.cache_format:
+        return None
+    return target if same_model(Path(config.path), Path(config.draft)) else None

@@ -246,16 +246,14 @@ class Speculator:
         for i, (candidate, known) in enumerate(zip(candidates, found, strict=True)):
             shares = candidate.drafting.shares.shares
             right = sum(share * chance for share, chance in zip(shares, chances, strict=True))
-            lag = drafter.lag(candidate.slot)
-            behind = max(0, lag - 1)
+            slot = candidate.slot
             found_better = known.most > 1 and known.chance >= right
-            if found_better or not candidate.drafting.may_catch_up(behind):
+            if found_better or not candidate.drafting.may_catch_up(drafter.unread(slot)):
                 continue
             drafted.append(i)
             total = [sum(pair) for pair in zip(total, shares, strict=True)]
-            overhead += behind * drafter.cost.seconds(64) / 64 / min(_HORIZON, 1 + candidate.room)
-            # One that lags by more has caught up wholly before it drafts.
-            begin = max(begin, 2 if lag == 1 else 1)
+            overhead += drafter.catch_up_seconds(slot) / min(_HORIZON, 1 + candidate.room)
+            begin = max(begin, drafter.begins_with(slot, count))
         if not drafted or most < 1:
             return Plan(0, True, 0.0, 1.0), []
         plan = drafting_plan(

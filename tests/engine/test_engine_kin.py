@@ -1,0 +1,124 @@
+"""A draft that is its target in another format drafts from what the target has computed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from loadtests.stack import smollm2
+from worker.engine.batch import Batch
+from worker.engine.llama import Context, Model, silence
+from worker.engine.slots import Slot
+from worker.engine.speculation.costs import StepCost
+from worker.engine.speculation.drafter import Drafter
+from worker.engine.speculation.kinship import same_model
+
+pytestmark = pytest.mark.model
+
+STEP_TOKENS = 256
+VOCABULARY = 49_152
+DRAFTED = 4
+NUMBERS = ", ".join(f"{number}" for number in range(1, 25)) + ","
+"""What comes next is plain to both models."""
+
+
+class Guesser:
+    """Takes the likeliest token."""
+
+    def guess(self, row) -> tuple[int, float]:
+        return int(row.argmax()), float(row.max())
+
+
+@pytest.fixture(scope="module")
+def contexts(f32: Path, q4_0: Path) -> Iterator[Callable[..., Context]]:
+    """Make a context of the model with 32-bit weights, or of the same in Q4_0."""
+    silence()
+    with ExitStack() as stack:
+        whole, small = Model(str(f32)), Model(str(q4_0))
+        for model in (whole, small):
+            stack.callback(model.close)
+
+        def make(*, in_32_bits: bool = False, batch_invariant: bool = False) -> Context:
+            context = Context(
+                whole if in_32_bits else small,
+                slots=2,
+                context=512,
+                step_tokens=STEP_TOKENS,
+                threads=1,
+                prefill_threads=1,
+                batch_invariant=batch_invariant,
+            )
+            stack.callback(context.close)
+            return context
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def tokens(q4_0: Path) -> list[int]:
+    model = Model(str(q4_0), vocab_only=True)
+    try:
+        return model.tokenize(NUMBERS, add_special=False, parse_special=False)
+    finally:
+        model.close()
+
+
+def computed(context: Context, tokens: list[int]) -> Slot:
+    """Slot 1, of which all tokens but the last are computed."""
+    slot = Slot(1)
+    slot.tokens, slot.cached = list(tokens), len(tokens) - 1
+    batch = Batch(STEP_TOKENS)
+    batch.fill(0, slot.index, tokens[:-1], 0)
+    assert context.decode(batch, slot.cached) == 0
+    return slot
+
+
+def greedy(context: Context, slot: Slot) -> list[int]:
+    """The tokens that follow."""
+    batch, tokens = Batch(1), list(slot.tokens)
+    for _ in range(DRAFTED):
+        batch.fill(0, slot.index, tokens[-1:], len(tokens) - 1)
+        batch.output[0] = 1
+        assert context.decode(batch, 1) == 0
+        tokens.append(int(context.logits(1)[0].argmax()))
+    return tokens[len(slot.tokens) :]
+
+
+def drafted(context: Context, slot: Slot, kin: Context | None) -> tuple[list[int], list[float]]:
+    drafter = Drafter(context, StepCost(), step_tokens=STEP_TOKENS, vocabulary=VOCABULARY, kin=kin)
+    drafter.took(slot.index, slot.index, 0)
+    assert drafter.catch_up([slot])
+    assert drafter.lag(slot) == 0
+    drafts, sure = drafter.draft([slot], [Guesser()], DRAFTED, lambda _: True)
+    return drafts[0], sure[0]
+
+
+def test_it_drafts_what_it_would_have_drafted_had_it_read_the_text(contexts, tokens) -> None:
+    target = contexts()
+    slot = computed(target, tokens)
+
+    assert drafted(contexts(), slot, target) == drafted(contexts(), slot, None)
+
+
+def test_a_requantized_draft_goes_by_the_keys_and_values_of_its_target(contexts, tokens) -> None:
+    target, draft = contexts(in_32_bits=True, batch_invariant=True), contexts()
+    slot = computed(target, tokens)
+
+    assert draft.cache_format == target.cache_format
+    guesses, _ = drafted(draft, slot, target)
+    assert guesses == greedy(target, slot)
+
+
+def test_a_cache_of_another_format_is_not_taken(contexts, tokens) -> None:
+    target, draft = contexts(in_32_bits=True), contexts()
+    slot = computed(target, tokens)
+
+    assert draft.cache_format != target.cache_format
+    assert not draft.take(slot.index, target)
+    assert drafted(draft, slot, target) == drafted(contexts(), slot, None)
+
+
+def test_the_requantized_file_is_known_for_the_same_model(f32: Path, q4_0: Path) -> None:
+    assert same_model(f32, q4_0)
+    assert same_model(f32, smollm2())
