@@ -9,6 +9,7 @@ llama.cpp computes streams together in one pass only where their slot numbers ar
 
 import ctypes
 from collections.abc import Callable
+from enum import Enum
 from typing import Any, Final, NamedTuple
 
 import llama_cpp.llama_cpp as ll
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from worker.engine.batch import Batch
 
-__all__ = ("INTERRUPTED", "Context", "LoadError", "Model", "silence")
+__all__ = ("INTERRUPTED", "CacheFormat", "Context", "LoadError", "Model", "silence")
 
 FLASH_ATTENTION_OFF: Final = 0
 FLASH_ATTENTION_ON: Final = 1
@@ -179,12 +180,21 @@ def _pointer(data: NDArray[np.uint8]) -> Any:
     return ctypes.cast(data.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
 
 
+class CacheFormat(Enum):
+    """How keys and values are kept, and read; contexts that have one can hand them over."""
+
+    FLASH = "16 bits, in flash attention"
+    EXACT = "32 bits, without"
+    """As exact as 32-bit weights: with 16 bits, or in flash attention, logits differ by 0.01
+    between a row alone and several rows, without by 0.0002."""
+
+
 class Context:
     """KV cache and compute buffers for `slots` sequences of at most `context` tokens each.
 
     With `batch_invariant`, keys and values have 16 bits whatever the weights, several rows of a
     sequence are rounded as one of each of several, and a step has room for twice `step_tokens`
-    rows: `InvariantContext` needs all three.
+    rows: `InvariantContext` needs all three. `cache_format` is chosen by the weights if it is None.
 
     Raises:
         LoadError: there is no memory for it, or the model cannot be run so.
@@ -203,6 +213,7 @@ class Context:
         whole_inputs: bool = False,
         watch: Any = None,
         batch_invariant: bool = False,
+        cache_format: CacheFormat | None = None,
     ) -> None:
         params = ll.llama_context_default_params()
         if watch is not None:
@@ -215,16 +226,15 @@ class Context:
         params.kv_unified = False
         if batch_invariant:
             params.n_batch = 2 * params.n_ubatch
-            params.flash_attn_type = FLASH_ATTENTION_ON
-        elif model.all_f32:
-            # A cache as exact as the weights: with 16 bits in it, or in flash attention, logits
-            # differ by 0.01 between a row alone and several rows, without by 0.0002.
+        if cache_format is None:
+            exact = model.all_f32 and not batch_invariant
+            cache_format = CacheFormat.EXACT if exact else CacheFormat.FLASH
+        self.cache_format = cache_format
+        if cache_format is CacheFormat.EXACT:
             params.type_k = params.type_v = ll.GGML_TYPE_F32
             params.flash_attn_type = FLASH_ATTENTION_OFF
         else:
             params.flash_attn_type = FLASH_ATTENTION_ON
-        self.cache_format = (int(params.type_k), int(params.type_v), int(params.flash_attn_type))
-        """Of keys and values; those of another context are of use if it has the same."""
         params.no_perf = True
         if embeddings:
             params.embeddings = True

@@ -80,6 +80,7 @@ def _drafter(
     model = Model(config.draft, gpu_layers=gpu.layers)
     try:
         check_pair(target, model)
+        kin = _kin(config, context)
         own = Context(
             model,
             slots=context.slots,
@@ -87,6 +88,7 @@ def _drafter(
             step_tokens=config.step_tokens,
             threads=calibration.threads,
             prefill_threads=calibration.prefill_threads,
+            cache_format=None if kin is None else kin.cache_format,
         )
     except (LoadError, Unpaired):
         model.close()
@@ -101,7 +103,6 @@ def _drafter(
     )
     # What the stages of a ring take is other machines' doing.
     beside = None if config.ring is not None else target_cost
-    kin = _kin(config, context, own)
     log.info("draft.loaded", draft=config.draft, reads_prompts=kin is None)
     report = calibrated(model, own, measured, disturbed_within=DISTURBED_SECONDS)
     cost = StepCost(report.calibration.step_seconds, beside=beside)
@@ -114,13 +115,13 @@ def _drafter(
     )
 
 
-def _kin(config: EngineConfig, target: Decoder, draft: Context) -> Context | None:
+def _kin(config: EngineConfig, target: Decoder) -> Context | None:
     """The target's context, if the draft can go by its keys and values.
 
     Raises:
         GgufError: one of the files is no model that could be read.
     """
     # Of a split model, each host has those of its own layers only.
-    if not isinstance(target, Context) or target.cache_format != draft.cache_format:
-        return None
-    return target if same_model(Path(config.path), Path(config.draft)) else None
+    if isinstance(target, Context) and same_model(Path(config.path), Path(config.draft)):
+        return target
+    return None
