@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from msgspec.structs import replace
-
 from worker.gguf_header import GgufError, Header, read_header
 
-__all__ = ("PADDING", "beside", "expected_gain", "find_draft", "may_draft", "read_candidates")
+__all__ = ("PADDING", "expected_gain", "find_draft", "may_draft", "read_candidates")
 
 PADDING = 128
 """Entries by which two vocabularies may differ at their end: model makers round the vocabulary up,
@@ -69,22 +67,6 @@ def find_draft(target: Header, others: Sequence[Header]) -> Header | None:
         default=None,
     )
     return best if best is not None and expected_gain(target, best) >= LEAST_GAIN else None
-
-
-def beside(target: Header, draft: Header) -> Header:
-    """The draft's header with the cache that it may have beside this target.
-
-    One that is the target in another number format keeps keys and values as the target does, so as
-    to take them over (`worker/engine/speculation/kinship.py`, which looks closer than a header).
-    """
-    if draft.head_counts_kv != target.head_counts_kv or draft.kv_element >= target.kv_element:
-        return draft
-    numbers = draft.kv_bytes_per_token // draft.kv_element
-    return replace(
-        draft,
-        kv_element=target.kv_element,
-        kv_bytes_per_token=numbers * target.kv_element,
-    )
 
 
 def read_candidates(paths: Sequence[Path], most_bytes: int) -> tuple[Header, ...]:

@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from worker.catalog import ModelSource, Speculation
-from worker.drafts import beside, find_draft, read_candidates
+from worker.drafts import find_draft, read_candidates
 from worker.engine_process import ENGINE_COMMAND
 from worker.gguf_header import GgufError, Header, estimate_memory, read_header
 from worker.hub import HubError, HubSource, fetch
@@ -79,7 +79,7 @@ def need(
         least=estimate_memory(header, cells=asked or min(context, LEAST_CELLS)),
         # Beyond the estimate, so that what the engine adds does not cost it KV cells.
         wish=estimate_memory(header, cells=slots * context) * 5 // 4,
-        draft=estimate_memory(beside(header, draft), cells=slots * context) if draft else 0,
+        draft=estimate_memory(draft, cells=slots * context) if draft else 0,
     )
 
 

@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from loadtests.stack import smollm2
 from worker.engine.batch import Batch
+from worker.engine.cache_state import UnknownState, for_flash_attention
 from worker.engine.llama import Context, Model, silence
 from worker.engine.slots import Slot
 from worker.engine.speculation.costs import StepCost
@@ -101,22 +103,54 @@ def test_it_drafts_what_it_would_have_drafted_had_it_read_the_text(contexts, tok
     assert drafted(contexts(), slot, target) == drafted(contexts(), slot, None)
 
 
-def test_a_requantized_draft_goes_by_the_keys_and_values_of_its_target(contexts, tokens) -> None:
-    target, draft = contexts(in_32_bits=True, batch_invariant=True), contexts()
+@pytest.mark.parametrize("batch_invariant", [True, False])
+def test_a_requantized_draft_goes_by_the_keys_and_values_of_its_target(
+    contexts, tokens, batch_invariant
+) -> None:
+    target, draft = contexts(in_32_bits=True, batch_invariant=batch_invariant), contexts()
     slot = computed(target, tokens)
 
-    assert draft.cache_format == target.cache_format
+    assert (draft.cache_format is target.cache_format) == batch_invariant
+    assert draft.take(slot.index, target)
     guesses, _ = drafted(draft, slot, target)
     assert guesses == greedy(target, slot)
 
 
-def test_a_cache_of_another_format_is_not_taken(contexts, tokens) -> None:
-    target, draft = contexts(in_32_bits=True), contexts()
-    slot = computed(target, tokens)
+def test_32_bits_are_handed_over_as_the_16_that_they_are_rounded_to(contexts, tokens) -> None:
+    exact, flash = contexts(in_32_bits=True), contexts(in_32_bits=True, batch_invariant=True)
+    slot = computed(exact, tokens)
+    assert flash.take(slot.index, exact)
+    handed = flash.save(slot.index)
+    flash.forget(slot.index)
+    computed(flash, tokens)
+    own = flash.save(slot.index)
 
-    assert draft.cache_format != target.cache_format
-    assert not draft.take(slot.index, target)
-    assert drafted(draft, slot, target) == drafted(contexts(), slot, None)
+    assert handed.size == own.size
+    # what is no key or value is the same, and those are, but for rounding
+    near = np.abs(handed.view(np.float16).astype(float) - own.view(np.float16).astype(float))
+    assert np.nanquantile(near, 0.999) < 0.02
+    head = 8 + 4 * flash.slots + 12 * slot.cached
+    assert np.array_equal(handed[:head], own[:head])
+
+
+def test_what_was_rounded_is_not_handed_over_as_exact(contexts, tokens) -> None:
+    exact, flash = contexts(in_32_bits=True), contexts(in_32_bits=True, batch_invariant=True)
+    slot = computed(flash, tokens)
+    computed(exact, tokens)
+
+    assert not exact.take(slot.index, flash)
+    computed(exact, tokens)  # the slot is empty: else llama.cpp would refuse the positions
+
+
+def test_a_state_that_is_not_understood_is_not_handed_over(contexts, tokens) -> None:
+    flash = contexts()
+    slot = computed(flash, tokens)
+    state = flash.save(slot.index)
+
+    with pytest.raises(UnknownState, match="not kept number by number"):
+        for_flash_attention(state)
+    with pytest.raises(UnknownState, match="too soon"):
+        for_flash_attention(state[:100])
 
 
 def test_the_requantized_file_is_known_for_the_same_model(f32: Path, q4_0: Path) -> None:

@@ -12,7 +12,6 @@ from msgspec.structs import replace
 from worker.drafts import (
     LEAST_GAIN,
     PADDING,
-    beside,
     expected_gain,
     find_draft,
     may_draft,
@@ -137,16 +136,6 @@ drafts = st.builds(
     architecture=st.sampled_from(["qwen3", "qwen3moe", "llama"]),
     vocabulary=st.sampled_from([1000, 1100, 2000]),
 )
-
-
-def test_the_same_model_beside_32_bit_weights_has_as_large_a_cache():
-    whole = replace(TARGET, kv_element=4, kv_bytes_per_token=2048)
-
-    assert beside(whole, requantized()).kv_bytes_per_token == 2048
-    assert beside(whole, relative()).kv_bytes_per_token == 2048
-    other = replace(relative(), head_counts_kv=(2,), kv_bytes_per_token=512)
-    assert beside(whole, other) == other
-    assert beside(TARGET, requantized()) == requantized()
 
 
 @given(st.lists(drafts, max_size=6), st.randoms())

@@ -9,7 +9,6 @@ llama.cpp computes streams together in one pass only where their slot numbers ar
 
 import ctypes
 from collections.abc import Callable
-from enum import Enum
 from typing import Any, Final, NamedTuple
 
 import llama_cpp.llama_cpp as ll
@@ -17,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker.engine.batch import Batch
+from worker.engine.cache_state import CacheFormat, UnknownState, for_flash_attention
 
-__all__ = ("INTERRUPTED", "CacheFormat", "Context", "LoadError", "Model", "silence")
+__all__ = ("INTERRUPTED", "Context", "LoadError", "Model", "silence")
 
 FLASH_ATTENTION_OFF: Final = 0
 FLASH_ATTENTION_ON: Final = 1
@@ -180,21 +180,12 @@ def _pointer(data: NDArray[np.uint8]) -> Any:
     return ctypes.cast(data.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
 
 
-class CacheFormat(Enum):
-    """How keys and values are kept, and read; contexts that have one can hand them over."""
-
-    FLASH = "16 bits, in flash attention"
-    EXACT = "32 bits, without"
-    """As exact as 32-bit weights: with 16 bits, or in flash attention, logits differ by 0.01
-    between a row alone and several rows, without by 0.0002."""
-
-
 class Context:
     """KV cache and compute buffers for `slots` sequences of at most `context` tokens each.
 
     With `batch_invariant`, keys and values have 16 bits whatever the weights, several rows of a
     sequence are rounded as one of each of several, and a step has room for twice `step_tokens`
-    rows: `InvariantContext` needs all three. `cache_format` is chosen by the weights if it is None.
+    rows: `InvariantContext` needs all three.
 
     Raises:
         LoadError: there is no memory for it, or the model cannot be run so.
@@ -213,7 +204,6 @@ class Context:
         whole_inputs: bool = False,
         watch: Any = None,
         batch_invariant: bool = False,
-        cache_format: CacheFormat | None = None,
     ) -> None:
         params = ll.llama_context_default_params()
         if watch is not None:
@@ -226,11 +216,9 @@ class Context:
         params.kv_unified = False
         if batch_invariant:
             params.n_batch = 2 * params.n_ubatch
-        if cache_format is None:
-            exact = model.all_f32 and not batch_invariant
-            cache_format = CacheFormat.EXACT if exact else CacheFormat.FLASH
-        self.cache_format = cache_format
-        if cache_format is CacheFormat.EXACT:
+        exact = model.all_f32 and not batch_invariant
+        self.cache_format = CacheFormat.EXACT if exact else CacheFormat.FLASH
+        if exact:
             params.type_k = params.type_v = ll.GGML_TYPE_F32
             params.flash_attn_type = FLASH_ATTENTION_OFF
         else:
@@ -349,11 +337,21 @@ class Context:
         return self._restore(first, right) and self._restore(second, left)
 
     def take(self, slot: int, other: "Context") -> bool:
-        """Make a slot hold what the same slot of another context holds, of the same layers and
-        `cache_format`; False: llama.cpp refused, and the slot is empty.
+        """Make a slot hold what the same slot of another context holds, whose model has the same
+        layers; False: it cannot be had, and the slot is empty.
         """
+        self.forget(slot)
         state = other._save(slot, 0)
-        return state is not None and self._restore(state, slot)
+        if state is None:
+            return False
+        if self.cache_format is other.cache_format:
+            return self._restore(state, slot)
+        if self.cache_format is CacheFormat.EXACT:
+            return False
+        try:
+            return self.restore(slot, for_flash_attention(other._states[0][: state.size]))
+        except UnknownState:
+            return False
 
     def save(self, slot: int) -> NDArray[np.uint8] | None:
         """A slot's state as an array of its own, for `restore`; None: llama.cpp refused."""

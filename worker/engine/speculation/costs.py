@@ -18,7 +18,7 @@ NOMINAL = ((1, 0.010), (2, 0.014), (8, 0.026), (32, 0.070))
 _SPEED_GAIN = 0.1
 _SPEED_GAIN_BESIDE = 0.025
 """The same of a model that drifts with another: what is left to learn is how it differs."""
-_SHAPE_GAIN = 0.02
+_SHAPE_GAIN = 0.05
 _OUTLIER = math.log(3.0)
 """A step that took three times what it should was disturbed: it tells nothing of the next."""
 

@@ -88,7 +88,6 @@ def _drafter(
             step_tokens=config.step_tokens,
             threads=calibration.threads,
             prefill_threads=calibration.prefill_threads,
-            cache_format=None if kin is None else kin.cache_format,
         )
     except (LoadError, Unpaired):
         model.close()
