@@ -155,15 +155,12 @@ class FakeDrafter:
     def lag(self, slot: Slot) -> int:
         return len(slot.tokens) - 1 - self._valid[slot.index]
 
-    def unread(self, slot: Slot) -> int:
-        return 0 if self.kin else max(0, self.lag(slot) - 1)
-
     def catch_up_seconds(self, slot: Slot) -> float:
         if self.lag(slot) <= 1:
             return 0.0
         if self.kin:
             return slot.cached * TAKEN_SECONDS
-        return self.unread(slot) * self.cost.seconds(64) / 64
+        return (self.lag(slot) - 1) * self.cost.seconds(64) / 64
 
     def begins_with(self, slot: Slot, _: int) -> int:
         # One that lags by more has caught up wholly before it drafts.

@@ -319,7 +319,6 @@ def test_what_the_target_has_computed_is_not_read_again():
     context, drafter = make(FakeTarget(all_slots))
     all_slots += computed(drafter, 300, 20)
 
-    assert [drafter.unread(slot) for slot in all_slots] == [0, 0]
     assert drafter.catch_up(all_slots)
     assert [drafter.lag(slot) for slot in all_slots] == [0, 0]
     drafts, _ = drafter.draft(all_slots, [Guesser()] * 2, 3, lambda _: True)
@@ -328,13 +327,33 @@ def test_what_the_target_has_computed_is_not_read_again():
     assert drafts[0][0] == next_of(all_slots[0].tokens)
 
 
+def test_taking_over_many_slots_is_spread_over_steps(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(clock, "perf_counter", lambda: now[0])
+    all_slots = []
+    context, drafter = make(FakeTarget(all_slots))
+    take = context.take
+
+    def slowly(slot, other):
+        now[0] += 0.04
+        return take(slot, other)
+
+    context.take = slowly
+    all_slots += computed(drafter, 90, 90, 90)
+
+    assert not drafter.catch_up(all_slots)
+    assert [drafter.lag(slot) for slot in all_slots] == [0, 0, 89]
+    assert drafter.catch_up(all_slots)
+    assert [drafter.lag(slot) for slot in all_slots] == [0, 0, 0]
+    assert context.taken == 3
+
+
 def test_a_few_tokens_are_read_where_that_is_sooner_than_taking_all_over():
     all_slots = []
     context, drafter = make(FakeTarget(all_slots))
     drafter._taken_seconds = 1.0
     all_slots += computed(drafter, 30)
 
-    assert drafter.unread(all_slots[0]) == 28
     assert drafter.catch_up(all_slots)
     assert context.taken == 0
     assert context.calls == [29]
@@ -349,7 +368,7 @@ def test_what_llama_cpp_does_not_hand_over_is_read_and_not_asked_for_again():
     assert drafter.catch_up(all_slots)
     assert context.taken == 1
     assert context.calls == [29, 39]
-    assert drafter.unread(all_slots[0]) == 0
+    assert drafter.lag(all_slots[0]) == 0
 
 
 def test_taking_over_is_reckoned_with_at_what_it_takes():

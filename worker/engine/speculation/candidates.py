@@ -14,7 +14,7 @@ POSITIONS = 16
 """Positions in a draft that are counted apart; the last takes all beyond."""
 
 _SMALL_LAG = 64
-"""Tokens that a draft model reads at once."""
+"""Tokens that a draft model catches up with at once."""
 
 _TRIED = 8
 """Steps after which it is seen whether a sequence copies."""
@@ -35,12 +35,12 @@ class Drafting:
         self.followed = 0.0
         """Share of its last steps that the lookup drafted for, about ten of them."""
 
-    def may_catch_up(self, unread: int) -> bool:
-        """Whether the draft model has little to read, or it is known by now that the lookup will
-        not do the work: of a text that is mostly copied, it would read all of the prompt for a few
-        words.
+    def may_catch_up(self, lag: int) -> bool:
+        """Whether the draft model's lag is small, or it is known by now that the lookup will not do
+        the work. Of a text that is mostly copied, the model would read all of the prompt for a few
+        words, or, where it need not read, draft at a price what lookup finds a few tokens later.
         """
-        return unread <= _SMALL_LAG or (self.steps >= _TRIED and self.followed < 0.5)
+        return lag <= _SMALL_LAG or (self.steps >= _TRIED and self.followed < 0.5)
 
 
 class Candidate(NamedTuple):

@@ -24,6 +24,8 @@ __all__ = ("Drafter", "Guesser")
 _CATCH_UP_ROWS = 128
 """Most tokens that one step computes for slots that lag behind, so that it stays a short one."""
 
+_CATCH_UP_SECONDS = 0.05
+"""After so long, a step takes no further slot over."""
 _TAKEN_SECONDS = 20e-6
 """What taking over a token takes before it has been measured."""
 _TAKEN_GAIN = 0.2
@@ -117,11 +119,6 @@ class Drafter:
         """Tokens of the slot that are not computed, the last one left out: it begins a draft."""
         return len(slot.tokens) - 1 - self._valid[slot.index]
 
-    def unread(self, slot: Slot) -> int:
-        """Tokens that it has to read before it drafts for the slot."""
-        lag = self.lag(slot)
-        return 0 if lag <= 1 or self._takes_over(slot, lag) else lag - 1
-
     def catch_up_seconds(self, slot: Slot) -> float:
         """What it takes to be ready to draft for the slot."""
         lag = self.lag(slot)
@@ -140,10 +137,14 @@ class Drafter:
 
         A slot may go into `draft` with one token lacking: it begins with two.
         """
-        left = _CATCH_UP_ROWS
+        left, began = _CATCH_UP_ROWS, time.perf_counter()
         for slot in slots:
-            if self._wants(slot, len(slots)) and self._take_over(slot):
-                continue
+            if self._wants(slot, len(slots)):
+                late = time.perf_counter() - began > _CATCH_UP_SECONDS
+                if late and self.lag(slot) > 1:
+                    return False
+                if late or self._take_over(slot):
+                    continue
             lag = self.lag(slot)
             if lag <= 1:
                 continue

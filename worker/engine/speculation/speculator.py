@@ -248,7 +248,7 @@ class Speculator:
             right = sum(share * chance for share, chance in zip(shares, chances, strict=True))
             slot = candidate.slot
             found_better = known.most > 1 and known.chance >= right
-            if found_better or not candidate.drafting.may_catch_up(drafter.unread(slot)):
+            if found_better or not candidate.drafting.may_catch_up(drafter.lag(slot)):
                 continue
             drafted.append(i)
             total = [sum(pair) for pair in zip(total, shares, strict=True)]
