@@ -1,109 +1,12 @@
 """The draft's cache against lists of tokens: what it holds for a slot is the slot's own text."""
 
-import time as clock
-
-import numpy as np
 import pytest
+from fake_draft_model import SLOTS, VOCABULARY, FakeTarget, Guesser, begun, make, next_of
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from worker.engine.slots import Slot
-from worker.engine.speculation.costs import StepCost
-from worker.engine.speculation.drafter import _CATCH_UP_ROWS, Drafter
-
-SLOTS = 3
-VOCABULARY = 7
-STEP_TOKENS = 128
-
-
-def next_of(tokens):
-    """What the fake draft model says next: something that depends on every token."""
-    value = 1
-    for token in tokens:
-        value = (value * 31 + token + 1) % 10_007
-    return value % VOCABULARY
-
-
-class FakeContext:
-    """A cache of lists; refuses rows that do not follow what their slot holds."""
-
-    slots = SLOTS
-
-    def __init__(self):
-        self.cache = [[] for _ in range(SLOTS)]
-        self.refuses_copies = self.refuses_taking = False
-        self.taken = 0
-        self.code = 0
-        self.calls = []
-        self._outputs = []
-
-    def decode(self, batch, rows):
-        self.calls.append(rows)
-        if self.code:
-            return self.code
-        self._outputs = []
-        slots = [int(slot) for slot in batch.slot[:rows]]
-        assert slots == sorted(slots), "llama.cpp finds only ascending slots together"
-        for row, slot in enumerate(slots):
-            held = self.cache[slot]
-            assert int(batch.position[row]) == len(held), "rows go on where the cache ends"
-            held.append(int(batch.token[row]))
-            if batch.output[row]:
-                self._outputs.append(next_of(held))
-        return 0
-
-    def logits(self, outputs):
-        assert outputs == len(self._outputs)
-        # tokens that only the draft knows are the likeliest, and must not be looked at
-        rows = np.zeros((outputs, VOCABULARY + 2), np.float32)
-        rows[:, VOCABULARY:] = 9.0
-        rows[range(outputs), self._outputs] = 1.0
-        return rows
-
-    def forget(self, slot, start=0):
-        del self.cache[slot][start:]
-        return True
-
-    def copy(self, source, target):
-        if self.refuses_copies:
-            return False
-        self.cache[target] = list(self.cache[source])
-        return True
-
-    def swap(self, left, right):
-        if self.refuses_copies:
-            return False
-        self.cache[left], self.cache[right] = self.cache[right], self.cache[left]
-        return True
-
-    def take(self, slot, other):
-        self.taken += 1
-        self.cache[slot] = [] if self.refuses_taking else other.held(slot)
-        return not self.refuses_taking
-
-
-class FakeTarget:
-    """What the target has computed of its slots."""
-
-    def __init__(self, slots):
-        self.slots = slots
-
-    def held(self, index):
-        slot = self.slots[index]
-        return slot.tokens[: slot.cached]
-
-
-class Guesser:
-    def guess(self, row):
-        assert len(row) == VOCABULARY
-        return int(row.argmax()), float(row.max())
-
-
-def make(kin=None):
-    context = FakeContext()
-    drafter = Drafter(context, StepCost(), step_tokens=STEP_TOKENS, vocabulary=VOCABULARY, kin=kin)
-    return context, drafter
-
+from worker.engine.speculation.drafter import _CATCH_UP_ROWS
 
 token = st.integers(0, VOCABULARY - 1)
 
@@ -248,16 +151,6 @@ TestFollowing = Following.TestCase
 TestTakingOver = TakingOver.TestCase
 
 
-def begun(drafter, *sizes):
-    slots = []
-    for index, size in enumerate(sizes):
-        slot = Slot(index)
-        slot.tokens = list(np.arange(size) % VOCABULARY)
-        drafter.took(index, index, 0)
-        slots.append(slot)
-    return slots
-
-
 def test_slots_draft_together_one_pass_a_token():
     context, drafter = make()
     slots = begun(drafter, 3, 2, 2)
@@ -305,105 +198,3 @@ def test_slots_that_cannot_be_swapped_are_an_error():
 
     with pytest.raises(RuntimeError, match="could not swap the draft's slots 0 and 1"):
         drafter.swapped(0, 1)
-
-
-def computed(drafter, *sizes):
-    slots = begun(drafter, *sizes)
-    for slot in slots:
-        slot.cached = len(slot.tokens) - 1
-    return slots
-
-
-def test_what_the_target_has_computed_is_not_read_again():
-    all_slots = []
-    context, drafter = make(FakeTarget(all_slots))
-    all_slots += computed(drafter, 300, 20)
-
-    assert drafter.catch_up(all_slots)
-    assert [drafter.lag(slot) for slot in all_slots] == [0, 0]
-    drafts, _ = drafter.draft(all_slots, [Guesser()] * 2, 3, lambda _: True)
-
-    assert context.calls == [2, 2, 2]
-    assert drafts[0][0] == next_of(all_slots[0].tokens)
-
-
-def test_taking_over_many_slots_is_spread_over_steps(monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr(clock, "perf_counter", lambda: now[0])
-    all_slots = []
-    context, drafter = make(FakeTarget(all_slots))
-    take = context.take
-
-    def slowly(slot, other):
-        now[0] += 0.04
-        return take(slot, other)
-
-    context.take = slowly
-    all_slots += computed(drafter, 90, 90, 90)
-
-    assert not drafter.catch_up(all_slots)
-    assert [drafter.lag(slot) for slot in all_slots] == [0, 0, 89]
-    assert drafter.catch_up(all_slots)
-    assert [drafter.lag(slot) for slot in all_slots] == [0, 0, 0]
-    assert context.taken == 3
-
-
-def test_a_few_tokens_are_read_where_that_is_sooner_than_taking_all_over():
-    all_slots = []
-    context, drafter = make(FakeTarget(all_slots))
-    drafter._taken_seconds = 1.0
-    all_slots += computed(drafter, 30)
-
-    assert drafter.catch_up(all_slots)
-    assert context.taken == 0
-    assert context.calls == [29]
-
-
-def test_what_llama_cpp_does_not_hand_over_is_read_and_not_asked_for_again():
-    all_slots = []
-    context, drafter = make(FakeTarget(all_slots))
-    context.refuses_taking = True
-    all_slots += computed(drafter, 30, 40)
-
-    assert drafter.catch_up(all_slots)
-    assert context.taken == 1
-    assert context.calls == [29, 39]
-    assert drafter.lag(all_slots[0]) == 0
-
-
-def test_taking_over_is_reckoned_with_at_what_it_takes():
-    all_slots = []
-    _, drafter = make(FakeTarget(all_slots))
-    all_slots += computed(drafter, 300)
-    before = drafter.catch_up_seconds(all_slots[0])
-    drafter.catch_up(all_slots)
-
-    assert drafter.catch_up_seconds(all_slots[0]) == 0
-    drafter.took(0, 0, 0)
-    assert 0 < drafter.catch_up_seconds(all_slots[0]) < before
-
-
-@pytest.mark.parametrize(("passed", "taken"), [(0.0, 1), (10.0, 2)])
-def test_what_the_draft_has_computed_is_taken_over_again_when_time_has_passed(
-    monkeypatch, passed, taken
-):
-    now = [1000.0]
-    monkeypatch.setattr(clock, "perf_counter", lambda: now[0])
-    all_slots = []
-    context, drafter = make(FakeTarget(all_slots))
-    drafter.cost.measured = lambda rows, seconds: None
-    (slot,) = computed(drafter, 30)
-    all_slots.append(slot)
-    drafter.catch_up(all_slots)
-    (draft,), _ = drafter.draft(all_slots, [Guesser()], 3, lambda _: True)
-    slot.tokens += draft[:2]
-    slot.cached = len(slot.tokens) - 1
-    drafter.accepted(slot.index, slot.cached)
-    drafter._taken_seconds = 0.001
-    now[0] += passed
-    drafter.catch_up(all_slots)
-
-    (draft,), _ = drafter.draft(all_slots, [Guesser()], 1, lambda _: True)
-
-    assert context.taken == taken
-    assert draft[0] == next_of(slot.tokens)
