@@ -10,11 +10,15 @@ import pytest
 from loadtests.stack import smollm2
 from worker.engine.batch import Batch
 from worker.engine.cache_state import UnknownState, for_flash_attention
+from worker.engine.calibrate import asked_of
+from worker.engine.calibration import nominal
 from worker.engine.llama import Context, Model, silence
 from worker.engine.slots import Slot
+from worker.engine.speculation import setup
 from worker.engine.speculation.costs import StepCost
 from worker.engine.speculation.drafter import Drafter
 from worker.engine.speculation.kinship import same_model
+from worker.link import EngineConfig
 
 pytestmark = pytest.mark.model
 
@@ -156,3 +160,24 @@ def test_a_state_that_is_not_understood_is_not_handed_over(contexts, tokens) -> 
 def test_the_requantized_file_is_known_for_the_same_model(f32: Path, q4_0: Path) -> None:
     assert same_model(f32, q4_0)
     assert same_model(f32, smollm2())
+
+
+def test_a_file_that_cannot_be_read_any_more_costs_the_draft_only(
+    contexts, f32: Path, q4_0: Path, monkeypatch
+) -> None:
+    def gone(*_: Path) -> bool:
+        raise FileNotFoundError("it was removed")
+
+    monkeypatch.setattr(setup, "same_model", gone)
+    config = EngineConfig(str(f32), "small", "w", draft=str(q4_0), slots=2, context=512)
+    model = Model(str(f32), vocab_only=True)
+    try:
+        made, refusal = setup.make_speculator(
+            config, model, contexts(in_32_bits=True), nominal(asked_of(config), 0)
+        )
+    finally:
+        model.close()
+
+    assert made is not None
+    assert made.drafter is None
+    assert "cannot draft for small: it was removed" in refusal

@@ -241,8 +241,7 @@ class Context:
         # Fewer are computed row by row, which on a CPU takes twice as long behind 1,500 tokens; a
         # state that cannot be cut has no use for a rule by which it would be cut.
         cpu = self._may_interrupt and not model.gpu_layers
-        flash = params.flash_attn_type == FLASH_ATTENTION_ON
-        self.tile = FLASH_ATTENTION_TILE if cpu and flash else 0
+        self.tile = FLASH_ATTENTION_TILE if cpu and not exact else 0
         self.together = int(params.n_ubatch)
         self.slots = slots
         self.lanes = 1
@@ -341,15 +340,13 @@ class Context:
         layers; False: it cannot be had, and the slot is empty.
         """
         self.forget(slot)
-        state = other._save(slot, 0)
-        if state is None:
-            return False
         if self.cache_format is other.cache_format:
-            return self._restore(state, slot)
-        if self.cache_format is CacheFormat.EXACT:
+            state = other._save(slot, 0)
+            return state is not None and self._restore(state, slot)
+        if self.cache_format is CacheFormat.EXACT or (exact := other.save(slot)) is None:
             return False
         try:
-            return self.restore(slot, for_flash_attention(other._states[0][: state.size]))
+            return self.restore(slot, for_flash_attention(exact))
         except UnknownState:
             return False
 

@@ -50,7 +50,7 @@ def make_speculator(
     if config.draft and config.speculation == "auto":
         try:
             drafter = _drafter(config, model, context, calibration, cost)
-        except (GgufError, LoadError, Unpaired) as error:
+        except (GgufError, LoadError, OSError, Unpaired) as error:
             refusal = f"{Path(config.draft).name} cannot draft for {config.model}: {error}"
             log.warning("draft.refused", draft=config.draft, reason=str(error))
     speculator = Speculator(
@@ -74,6 +74,7 @@ def _drafter(
     Raises:
         GgufError: it is no model that could be read.
         LoadError: llama.cpp cannot load it, or there is no memory.
+        OSError: a file cannot be read any more.
         Unpaired: it is not of the target's vocabulary.
     """
     gpu = offload(msgspec.structs.replace(config, context=context.context), config.draft)
@@ -89,7 +90,7 @@ def _drafter(
             threads=calibration.threads,
             prefill_threads=calibration.prefill_threads,
         )
-    except (LoadError, Unpaired):
+    except (GgufError, LoadError, OSError, Unpaired):
         model.close()
         raise
     # The draft computes with the target's threads, and is measured with them.
@@ -119,6 +120,7 @@ def _kin(config: EngineConfig, target: Decoder) -> Context | None:
 
     Raises:
         GgufError: one of the files is no model that could be read.
+        OSError: one of them cannot be read any more.
     """
     # Of a split model, each host has those of its own layers only.
     if isinstance(target, Context) and same_model(Path(config.path), Path(config.draft)):
